@@ -1,0 +1,240 @@
+"""The router: text to expert, abstention included.
+
+Knows nothing of HTTP, language models or what becomes of an expert that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.manifest import expert_id
+from configs.schema import RouterConfig
+from router.calibration import Calibration, calibrate
+from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
+from router.conversation import Message, opening_text, routing_text
+from router.embedder import Embedder, load_embedder
+from router.errors import EmbedderMismatchError
+from router.storage import RouterRecord, read_router, write_router
+from router.types import Candidate, Route
+
+Vectors = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A router with the clusters of the texts it was fitted on."""
+
+    router: Router
+    assignment: Indices
+    """Cluster of each training text, shape (N,); balanced where the config says so."""
+    heldout_assignment: Indices
+    """Nearest cluster of each held-out text, shape (M,)."""
+
+
+class Router:
+    """Centroids of meaning and the threshold below which a text has no expert.
+
+    Of a text that is longer than `max_tokens` only the beginning counts, in fitting as in routing.
+    """
+
+    def __init__(self, record: RouterRecord, centroids: Vectors, embedder: Embedder) -> None:
+        self._record = record
+        self._centroids = centroids
+        self._index = CentroidIndex(centroids)
+        self._embedder = embedder
+
+    @classmethod
+    def fit(
+        cls,
+        vectors: Vectors,
+        heldout: Vectors,
+        config: RouterConfig,
+        *,
+        seed: int,
+        embedder: Embedder,
+        use_gpu: bool = False,
+    ) -> Fitted:
+        """Cluster what is trained on and calibrate abstention on the rest.
+
+        Deterministic for a seed. Clusters are numbered by falling size, none is empty, and there
+        may be fewer than `config.clusters` once near-duplicates are merged. Both arrays may be
+        memory-mapped: of them at most `config.max_fit_documents` rows are held at a time.
+
+        Args:
+            vectors: of the training texts, shape (N, D), float32 rows of unit length.
+            heldout: of texts of the same kind that are not trained on, shape (M, D).
+            config: clustering and abstention.
+            seed: of the sample and of k-means.
+            embedder: what the vectors came from.
+            use_gpu: run on faiss's GPUs where it has any.
+
+        Raises:
+            ClusteringError: fewer distinct vectors than clusters.
+            CalibrationError: no held-out text to calibrate on.
+        """
+        clustering = fit_clusters(vectors, config, seed=seed, use_gpu=use_gpu)
+        scores, nearest = nearest_centroids(heldout, clustering.centroids, use_gpu=use_gpu)
+        record = RouterRecord(
+            embedder=embedder.name,
+            embedder_digest=embedder.digest,
+            dimension=embedder.dimension,
+            clusters=len(clustering.centroids),
+            config=config,
+            calibration=calibrate(scores, config.abstain_quantile),
+            seed=seed,
+        )
+        router = cls(record, clustering.centroids, embedder)
+        return Fitted(router, clustering.assignment, nearest)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        embedder: Embedder | None = None,
+    ) -> Router:
+        """Read a saved router and the embedder that belongs to it.
+
+        Args:
+            directory: what `save` wrote.
+            device: of the embedder: `cpu`, `cuda` or `auto`.
+            threads: bound on torch's and faiss's threads, for routing beside busy engines; it
+                holds for the whole process.
+            embedder: one already loaded, to be checked instead of loading the recorded one.
+
+        Raises:
+            RouterFormatError: files missing, damaged or of another format.
+            EmbedderNotFoundError: its embedding model cannot be loaded.
+            EmbedderMismatchError: that model is not the one it was fitted with.
+        """
+        record, centroids = read_router(directory)
+        if threads is not None:
+            limit_threads(threads)
+        embedder = embedder or load_embedder(
+            record.embedder,
+            device=device,
+            batch_size=record.config.batch_size,
+            max_tokens=record.config.max_tokens,
+            threads=threads,
+        )
+        if embedder.digest != record.embedder_digest:
+            raise EmbedderMismatchError(
+                f"embedding model '{embedder.name}' is not the one that the router in {directory} "
+                f"was fitted with (digest {embedder.digest[:12]}, not "
+                f"{record.embedder_digest[:12]}); install that model, or run `introvert fit` again"
+            )
+        return cls(record, centroids, embedder)
+
+    def save(self, directory: Path) -> None:
+        """Write the router as safetensors and JSON; the directory is made if missing."""
+        write_router(directory, self._record, self._centroids)
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters, so of experts at the most."""
+        return self._record.clusters
+
+    @property
+    def calibration(self) -> Calibration:
+        """How the threshold came about."""
+        return self._record.calibration
+
+    @property
+    def threshold(self) -> float:
+        """Cosine below which the router abstains."""
+        return self.calibration.threshold
+
+    @property
+    def embedder(self) -> Embedder:
+        """What turns texts into vectors."""
+        return self._embedder
+
+    @property
+    def centroids(self) -> Vectors:
+        """Shape (K, D), rows of unit length."""
+        return self._centroids
+
+    def assign(self, embeddings: Vectors) -> Indices:
+        """The nearest cluster of each vector, abstention aside.
+
+        Args:
+            embeddings: shape (N, D), as `route_embeddings` takes them; may be memory-mapped.
+
+        Returns:
+            Shape (N,).
+        """
+        return nearest_centroids(embeddings, self._centroids)[1]
+
+    def route(self, texts: Sequence[str]) -> list[Route]:
+        """Where each text goes."""
+        return self.route_embeddings(self._embedder.encode(texts))
+
+    def route_embeddings(self, embeddings: Vectors) -> list[Route]:
+        """Where each vector goes.
+
+        Args:
+            embeddings: shape (N, D), float32 rows of unit length, from this router's embedder.
+        """
+        # The margin needs a runner-up, whatever number of candidates is to be shown.
+        count = min(max(2, self._record.config.top_k), self.clusters)
+        scores, clusters = self._index.search(embeddings, count)
+        return [self._decide(*row) for row in zip(scores, clusters, strict=True)]
+
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+        """Where each conversation goes.
+
+        With `sticky`, a conversation stays with the expert of its first user turn, which every
+        request of it repeats, unless the text routed on has an expert of its own whose centroid
+        is nearer to it by more than `sticky_margin`; a text below the threshold has none. A
+        conversation that stays gets the route of its first user turn, scores included.
+
+        Raises:
+            UnroutableError: a conversation has no text.
+        """
+        config = self._record.config
+        texts = [routing_text(messages, config.route_on) for messages in conversations]
+        openings = (
+            [opening_text(messages) for messages in conversations] if config.sticky else texts
+        )
+        unique = list(dict.fromkeys([*texts, *openings]))
+        embeddings = self._embedder.encode(unique)
+        routes = self.route_embeddings(embeddings)
+        place = {text: index for index, text in enumerate(unique)}
+        return [
+            self._settle(routes[place[text]], routes[place[opening]], embeddings[place[text]])
+            for text, opening in zip(texts, openings, strict=True)
+        ]
+
+    def _settle(self, now: Route, home: Route, embedding: Vectors) -> Route:
+        """The route of a text in a conversation whose first user turn has the route `home`."""
+        if home.abstained or (now.cluster == home.cluster and not now.abstained):
+            return now
+        lead = now.score - float(self._centroids[home.cluster] @ embedding)
+        if now.abstained or lead <= self._record.config.sticky_margin:
+            return home
+        return now
+
+    def _decide(self, scores: Vectors, clusters: Indices) -> Route:
+        best, winner = float(scores[0]), int(clusters[0])
+        runner_up = float(scores[1]) if len(scores) > 1 else -1.0
+        abstained = best < self.threshold
+        shown = self._record.config.top_k
+        return Route(
+            expert=None if abstained else expert_id(winner),
+            cluster=winner,
+            score=best,
+            margin=best - runner_up,
+            abstained=abstained,
+            top=tuple(
+                Candidate(expert_id(int(cluster)), float(score))
+                for score, cluster in zip(scores[:shown], clusters[:shown], strict=True)
+            ),
+        )

@@ -1,0 +1,112 @@
+"""A router on disk: `router.json` and `centroids.safetensors`, nothing pickled.
+
+Knows nothing of how a router is fitted or used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from configs.schema import RouterConfig
+from router.calibration import Calibration
+from router.errors import RouterFormatError
+
+FORMAT = 1
+RECORD_FILE = "router.json"
+CENTROIDS_FILE = "centroids.safetensors"
+CENTROIDS = "centroids"
+UNIT_TOLERANCE = 1e-3
+REMEDY = "run `introvert fit` again, or publish the bundle anew"
+
+
+class RouterRecord(BaseModel):
+    """`router.json`: everything of a router but its centroids."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    format: Literal[1] = 1
+    embedder: str
+    """Name or path of the embedding model."""
+    embedder_digest: str
+    """What the centroids were measured with; another embedder would make nonsense of them."""
+    dimension: int
+    clusters: int
+    config: RouterConfig
+    calibration: Calibration
+    seed: int
+
+
+def write_router(directory: Path, record: RouterRecord, centroids: npt.NDArray[np.float32]) -> None:
+    """Write both files, each by rename, the record last; the same router gives the same bytes.
+
+    Args:
+        directory: made if missing.
+        record: what goes with the centroids.
+        centroids: shape (K, D), rows of unit length.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{CENTROIDS_FILE}.{os.getpid()}"
+    save_file({CENTROIDS: np.ascontiguousarray(centroids)}, temporary)
+    temporary.replace(directory / CENTROIDS_FILE)
+    temporary = directory / f".{RECORD_FILE}.{os.getpid()}"
+    temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    temporary.replace(directory / RECORD_FILE)
+
+
+def read_router(directory: Path) -> tuple[RouterRecord, npt.NDArray[np.float32]]:
+    """Read what `write_router` wrote; the centroids have shape (K, D).
+
+    Raises:
+        RouterFormatError: a file is missing or damaged, of another format, or the two disagree.
+    """
+    try:
+        record = _parse(directory, (directory / RECORD_FILE).read_bytes())
+        centroids = load_file(directory / CENTROIDS_FILE)[CENTROIDS]
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name if error.filename else CENTROIDS_FILE
+        raise RouterFormatError(
+            f"no router in {directory}: {missing} is missing; {REMEDY}"
+        ) from None
+    except OSError as error:
+        raise RouterFormatError(f"the router in {directory} cannot be read: {error}") from None
+    except (SafetensorError, KeyError):
+        raise RouterFormatError(f"{directory / CENTROIDS_FILE} is damaged; {REMEDY}") from None
+    _check(directory, record, centroids)
+    return record, centroids
+
+
+def _parse(directory: Path, content: bytes) -> RouterRecord:
+    try:
+        tree = json.loads(content)
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found is not None and found != FORMAT:
+            raise RouterFormatError(
+                f"the router in {directory} has format {found!r}, and this version reads format "
+                f"{FORMAT}; use the version that wrote it, or {REMEDY}"
+            )
+        return RouterRecord.model_validate(tree)
+    except ValueError:  # not JSON, or JSON that is no record
+        raise RouterFormatError(f"{directory / RECORD_FILE} is damaged; {REMEDY}") from None
+
+
+def _check(directory: Path, record: RouterRecord, centroids: npt.NDArray[np.float32]) -> None:
+    if (
+        centroids.dtype != np.float32
+        or centroids.shape != (record.clusters, record.dimension)
+        or not np.allclose(np.linalg.norm(centroids, axis=1), 1, atol=UNIT_TOLERANCE)
+    ):
+        raise RouterFormatError(
+            f"{directory / CENTROIDS_FILE} does not hold {record.clusters} unit vectors of "
+            f"{record.dimension} dimensions; {REMEDY}"
+        )
