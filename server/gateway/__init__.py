@@ -1,0 +1,1 @@
+"""The data plane: an OpenAI-compatible gateway in front of the workers."""

@@ -1,0 +1,208 @@
+"""The HTTP application: its routes and their documentation, its errors, and its life.
+
+Forwarded endpoints are bare ASGI applications with a documented face; everything the gateway
+answers itself is ordinary FastAPI. This module knows nothing of processes, ports or files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from importlib.metadata import version as package_version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from configs.schema import RunConfig
+from server.gateway.answers import AnthropicErrorAnswer, ErrorAnswer
+from server.gateway.client import CLIENT_GONE, ClientGoneError
+from server.gateway.errors import (
+    GatewayError,
+    InternalError,
+    MethodNotAllowedError,
+    UnknownPathError,
+    body_of,
+)
+from server.gateway.forward import Exchange
+from server.gateway.own import own_routes
+from server.gateway.parts import Parts
+from server.gateway.protocol import ENDPOINTS, Endpoint
+from server.gateway.routing import RouterSource
+from server.gateway.tables import TableSource
+
+logger = logging.getLogger(__name__)
+
+ANSWER_HEADERS = {
+    "x-request-id": "The client's own id, or a new one.",
+    "x-introvert-expert": "Id of the expert that answered, or `base`.",
+    "x-introvert-expert-version": "Its content hash; `none` for the base.",
+    "x-introvert-worker": "The worker that answered.",
+    "x-introvert-route-score": "Cosine of the text and the expert; `nan` where none was routed.",
+    "x-introvert-route-ms": "Milliseconds spent on routing.",
+}
+
+
+def create_app(
+    config: RunConfig, table_source: TableSource, router_source: RouterSource
+) -> FastAPI:
+    """The gateway as an ASGI application.
+
+    Args:
+        config: the run; `gateway` and `seed` are what is read of it.
+        table_source: hands out routing tables for as long as the application lives.
+        router_source: loads the router; called once, in a thread.
+    """
+    parts = Parts.make(config, router_source)
+    app = FastAPI(
+        title="Introvert",
+        version=package_version("introvert"),
+        description="Experts chosen by meaning, behind one OpenAI-compatible endpoint.",
+        lifespan=_life(parts, table_source),
+    )
+    # In front, since routes are tried in their order and these are the busy ones.
+    app.router.routes[:0] = [ForwardedRoute(e, Exchange(e, parts)) for e in ENDPOINTS]
+    app.include_router(own_routes(parts))
+    app.add_exception_handler(GatewayError, _answer_gateway_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientGoneError, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_defect)
+    return app
+
+
+class ForwardedRoute(APIRoute):
+    """A route that OpenAPI documents like any other, while its requests go straight to an ASGI
+    application: FastAPI's handling of a request costs more than all of the forwarding."""
+
+    def __init__(self, endpoint: Endpoint, exchange: ASGIApp) -> None:
+        async def forwarded() -> None:
+            """Answered by an engine; `model` chooses which, all else is passed on as it is."""
+
+        error = AnthropicErrorAnswer if endpoint.dialect == "anthropic" else ErrorAnswer
+        super().__init__(
+            endpoint.path,
+            forwarded,
+            methods=["POST"],
+            name=endpoint.kind,
+            summary=endpoint.summary,
+            tags=["inference"],
+            response_class=Response,
+            responses={
+                200: {
+                    "description": "The engine's answer; events where `stream` is true.",
+                    "headers": {
+                        name: {"description": text, "schema": {"type": "string"}}
+                        for name, text in ANSWER_HEADERS.items()
+                    },
+                    "content": {
+                        "application/json": {"schema": {"type": "object"}},
+                        "text/event-stream": {"schema": {"type": "string"}},
+                    },
+                },
+                **{s: {"model": error} for s in (400, 404, 413, 500, 503, 504)},
+            },
+            openapi_extra={"requestBody": _documented_body(endpoint)},
+        )
+        self.app = exchange
+
+
+def _documented_body(endpoint: Endpoint) -> dict[str, Any]:
+    prompt = endpoint.routed_fields[0]
+    schema = {
+        "type": "object",
+        "required": ["model", prompt],
+        "properties": {
+            "model": {
+                "type": "string",
+                "description": "`introvert` to route by meaning, an expert's id, or the base.",
+            },
+            prompt: {"description": "What the model is asked."},
+            "stream": {"type": "boolean", "default": False},
+        },
+        "additionalProperties": True,
+    }
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _life(parts: Parts, table_source: TableSource) -> Any:
+    """The application's start and end: connections, the table's follower, the router's loading."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        await parts.upstream.start()
+        tasks = [
+            asyncio.create_task(_follow(parts, table_source)),
+            asyncio.create_task(parts.routing.load()),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            parts.routing.close()
+            await parts.upstream.close()
+
+    return life
+
+
+async def _follow(parts: Parts, table_source: TableSource) -> None:
+    async for table in table_source.follow():
+        try:
+            parts.use(table)
+        except Exception:
+            logger.exception("routing table %d cannot be used, the last one stays", table.version)
+        else:
+            now = parts.readiness.coverage
+            logger.info(
+                "routing table %d: %d of %d experts ready on %d of %d workers",
+                table.version,
+                now.experts_ready,
+                now.experts_total,
+                now.workers_ready,
+                now.workers_total,
+            )
+
+
+def _answer(error: GatewayError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return Response(body_of(error), error.status, headers, media_type="application/json")
+
+
+async def _answer_gateway_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return _answer(error)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: an unknown path, or a method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == MethodNotAllowedError.status:
+        allow = (error.headers or {}).get("Allow", "")
+        return _answer(
+            MethodNotAllowedError(
+                f"{request.method} is not possible on {request.url.path}; use {allow}.",
+                allow=allow,
+            )
+        )
+    return _answer(
+        UnknownPathError(
+            f"There is nothing at {request.method} {request.url.path[:200]}. GET /openapi.json "
+            "lists what there is."
+        )
+    )
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    """A client that hung up is no defect; what is answered, the server drops."""
+    assert isinstance(error, ClientGoneError)
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _answer_defect(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(InternalError("The gateway failed on this request. Its log tells why."))

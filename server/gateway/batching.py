@@ -1,0 +1,77 @@
+"""Micro-batching: calls that wait at the same moment are computed together, off the event loop.
+
+While a batch is computed the next one gathers; nobody waits for company, so a lone call goes at
+once. Knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Batcher(Generic[Item, Result]):
+    """Turns a function of many items into a coroutine of few.
+
+    Args:
+        compute: gives one result per item, in order; runs in `executor`.
+        executor: one thread, so that at most one batch is computed at a time.
+        limit: items of a batch, at the most; one call's items are never split.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Sequence[Item]], Sequence[Result]],
+        executor: Executor,
+        limit: int,
+    ) -> None:
+        self._compute = compute
+        self._executor = executor
+        self._limit = limit
+        self._waiting: deque[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]] = deque()
+        self._running: asyncio.Task[None] | None = None
+
+    async def __call__(self, items: Sequence[Item]) -> Sequence[Result]:
+        """Results of these items. An error of the batch is raised by every call in it."""
+        future: asyncio.Future[Sequence[Result]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((items, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while batch := self._take():
+                items = [item for call, _ in batch for item in call]
+                try:
+                    results = await loop.run_in_executor(self._executor, self._compute, items)
+                except Exception as error:  # noqa: BLE001 - it belongs to the callers
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+                    continue
+                at = 0
+                for call, future in batch:
+                    if not future.done():  # a caller that was cancelled wants nothing any more
+                        future.set_result(results[at : at + len(call)])
+                    at += len(call)
+        finally:
+            self._running = None
+
+    def _take(self) -> list[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]]:
+        """What waits now, up to the limit, without the calls that were cancelled meanwhile."""
+        batch: list[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]] = []
+        size = 0
+        while self._waiting and (not batch or size + len(self._waiting[0][0]) <= self._limit):
+            call, future = self._waiting.popleft()
+            if not future.cancelled():
+                batch.append((call, future))
+                size += len(call)
+        return batch

@@ -1,0 +1,232 @@
+"""The gateway's errors and what each of them is over HTTP.
+
+ServerError
+└── GatewayStartError             the process cannot begin to listen
+GatewayError                      an answer that the gateway makes instead of an engine
+├── BadRequestError         400
+│   ├── InvalidJsonError
+│   ├── MissingParameterError
+│   ├── InvalidParameterError
+│   └── UnroutableTextError
+├── UnknownPathError        404
+├── ModelNotFoundError      404
+├── MethodNotAllowedError   405
+├── BodyTooLargeError       413
+├── EngineAnswerError       any   the engine's own refusal, in the client's dialect
+├── UnavailableError        503   with Retry-After
+│   ├── NoEngineError
+│   ├── RouterNotReadyError
+│   └── EngineLostError
+├── EngineTimeoutError      504
+└── InternalError           500
+
+A class fixes status and code (but for the engine's own); a `code` never changes its meaning,
+the message may. This module knows the dialects that clients speak, and nothing of requests,
+engines or routing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from server.errors import ServerError
+
+Dialect = Literal["openai", "responses", "anthropic"]
+"""How a client wants errors: OpenAI's object, the same in a Responses stream, or Anthropic's."""
+
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class GatewayStartError(ServerError):
+    """The gateway cannot start: its address or a file that it was given cannot be used."""
+
+
+class GatewayError(Exception):
+    """An error answer; its message says what to do next."""
+
+    status: int = 500
+    code: str = "internal_error"
+    type: str = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.message = message
+        self.param = param
+        super().__init__(message)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Headers that the answer carries beside its content type."""
+        return []
+
+
+class BadRequestError(GatewayError):
+    """The request cannot be understood."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class InvalidJsonError(BadRequestError):
+    """The body is not JSON."""
+
+    code = "invalid_json"
+
+
+class MissingParameterError(BadRequestError):
+    """A field that the gateway needs is not there."""
+
+    code = "missing_required_parameter"
+
+
+class InvalidParameterError(BadRequestError):
+    """A field that the gateway reads has the wrong type."""
+
+    code = "invalid_type"
+
+
+class UnroutableTextError(BadRequestError):
+    """Nothing in the request can be routed on."""
+
+    code = "unroutable"
+
+
+class UnknownPathError(GatewayError):
+    """There is no such endpoint."""
+
+    status = 404
+    code = "unknown_url"
+    type = "invalid_request_error"
+
+
+class ModelNotFoundError(GatewayError):
+    """No model has this name."""
+
+    status = 404
+    code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class MethodNotAllowedError(GatewayError):
+    """The endpoint exists, the method on it does not."""
+
+    status = 405
+    code = "method_not_allowed"
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        self.allow = allow
+        super().__init__(message)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`Allow`, which a 405 must carry (RFC 9110, section 15.5.6)."""
+        return [(b"allow", self.allow.encode())]
+
+
+class BodyTooLargeError(GatewayError):
+    """The body is over `gateway.max_body_bytes`."""
+
+    status = 413
+    code = "request_too_large"
+    type = "invalid_request_error"
+
+
+class UnavailableError(GatewayError):
+    """Cannot be answered now, but soon."""
+
+    status = 503
+    code = "unavailable"
+    type = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`Retry-After`, in seconds."""
+        return [(b"retry-after", str(self.retry_after_s).encode())]
+
+
+class NoEngineError(UnavailableError):
+    """No ready engine holds the model."""
+
+    code = "no_engine"
+
+
+class RouterNotReadyError(UnavailableError):
+    """No router for the bundle that is served, so nothing can be routed by meaning."""
+
+    code = "router_not_ready"
+
+
+class EngineLostError(UnavailableError):
+    """The engine went away after it had been given the request."""
+
+    code = "engine_lost"
+
+
+class EngineTimeoutError(GatewayError):
+    """The engine was silent for longer than `gateway.request_timeout_s`."""
+
+    status = 504
+    code = "engine_timeout"
+
+
+class InternalError(GatewayError):
+    """A defect of the gateway; the log has the traceback under the request's id."""
+
+
+class EngineAnswerError(GatewayError):
+    """An engine's own error answer: status, code and type come from there, not from the class."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str, type_: str, param: str | None = None
+    ) -> None:
+        self.status = status
+        self.code = code
+        self.type = type_
+        super().__init__(message, param=param)
+
+
+def body_of(error: GatewayError, dialect: Dialect = "openai") -> bytes:
+    """The error as a JSON body in the client's dialect."""
+    return msgspec.json.encode(
+        _document(error, "anthropic" if dialect == "anthropic" else "openai")
+    )
+
+
+def event_of(error: GatewayError, dialect: Dialect = "openai") -> bytes:
+    """The error as the last server-sent event of a stream that cannot go on."""
+    name = b"" if dialect == "openai" else b"event: error\n"
+    return name + b"data: " + msgspec.json.encode(_document(error, dialect)) + b"\n\n"
+
+
+def _document(error: GatewayError, dialect: Dialect) -> dict[str, Any]:
+    if dialect == "anthropic":
+        kind = ANTHROPIC_TYPES.get(error.status, "api_error")
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": error.message, "code": error.code},
+        }
+    fields = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    if dialect == "responses":
+        # The Responses API's own error event is flat; its clients, too, look for `error` first.
+        return {**fields, "type": "error", "error": fields}
+    return {"error": fields}

@@ -1,0 +1,150 @@
+"""The endpoints that the gateway answers itself.
+
+They look at the parts and change nothing. What is forwarded to engines is in `forward`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version as package_version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
+
+from server.gateway.answers import (
+    ErrorAnswer,
+    Health,
+    ModelAnswer,
+    ModelList,
+    ReadyAnswer,
+    RouteList,
+    RouteRequest,
+    StatusAnswer,
+    explain_route,
+    list_models,
+    report_ready,
+)
+from server.gateway.client import read_body
+from server.gateway.errors import (
+    InvalidParameterError,
+    ModelNotFoundError,
+    NoEngineError,
+)
+from server.gateway.parts import Parts
+from server.gateway.protocol import parse_object, read_head
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def errors(*statuses: int | str) -> Responses:
+    """OpenAPI entries for error answers."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def own_routes(parts: Parts) -> APIRouter:
+    """Models, route explanation, health, metrics and status."""
+    routes = APIRouter()
+
+    @routes.get("/health", tags=["operation"])
+    async def health() -> Health:
+        """Whether the process is alive; says nothing about engines."""
+        return Health()
+
+    @routes.get("/ready", tags=["operation"], responses={503: {"model": ReadyAnswer}})
+    async def ready(response: Response) -> ReadyAnswer:
+        """200 once every expert has been ready or refused, while one worker is ready; else 503."""
+        answer = report_ready(parts.readiness, parts.routing.status)
+        if not answer.ready:
+            response.status_code = 503
+            response.headers["retry-after"] = str(parts.config.retry_after_s)
+        return answer
+
+    @routes.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """Counters, gauges and histograms in Prometheus' text format."""
+        return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/admin/status", tags=["operation"])
+    async def status() -> StatusAnswer:
+        """Everything that this gateway knows: what `introvert status` prints."""
+        return StatusAnswer(
+            version=package_version("introvert"),
+            pid=os.getpid(),
+            started=parts.started.isoformat(timespec="seconds"),
+            ready=report_ready(parts.readiness, parts.routing.status),
+            router=parts.routing.status,
+            in_flight=dict(parts.chooser.in_flight),
+            table=parts.chooser.table,
+        )
+
+    @routes.get("/v1/models", tags=["models"], responses=errors(503))
+    async def models() -> ModelList:
+        """Every model name, with its readiness."""
+        return ModelList(data=_models(parts))
+
+    # Any text is a valid path here, so the 422 that FastAPI would announce cannot happen.
+    @routes.get("/v1/models/{model:path}", tags=["models"], responses=errors("4XX", 503))
+    async def model(model: str) -> ModelAnswer:
+        """One model by its name, or by the name with its version."""
+        for known in _models(parts):
+            if model in (known.id, known.served_name):
+                return known
+        parts.chooser.named(model)  # says why there is none
+        raise ModelNotFoundError(f"There is no model '{model[:200]}'.", param="model")
+
+    @routes.post(
+        "/v1/route",
+        tags=["models"],
+        responses=errors(400, 413, 503),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": RouteRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def route(request: Request) -> RouteList:
+        """Where texts or a chat would go, and why; nothing is generated."""
+        head = read_head(request.scope)
+        body = await read_body(request.receive, head.content_length, parts.config.max_body_bytes)
+        asked = _route_request(body)
+        if asked.messages is not None:
+            routes = await parts.routing.route("chat", [{"messages": asked.messages}])
+        else:
+            texts = [asked.input] if isinstance(asked.input, str) else asked.input or []
+            routes = await parts.routing.route("responses", [{"input": text} for text in texts])
+        threshold = parts.routing.threshold
+        return RouteList(data=[explain_route(r, parts.chooser, threshold) for r in routes])
+
+    return routes
+
+
+def _models(parts: Parts) -> list[ModelAnswer]:
+    table = parts.chooser.table
+    if table is None:
+        raise NoEngineError(
+            "No routing table has come yet. Try again shortly; GET /ready tells when.",
+            retry_after_s=parts.config.retry_after_s,
+        )
+    created = int(parts.started.timestamp())
+    return list_models(table, created, routed=parts.routing.status.state == "ready")
+
+
+def _route_request(body: bytes) -> RouteRequest:
+    try:
+        return RouteRequest.model_validate(parse_object(body))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"][:1]) or None
+        raise InvalidParameterError(
+            f"The request cannot be read: {fault['msg'].removeprefix('Value error, ')}. Send "
+            "{'input': a text or a list of texts} or {'messages': a chat}.",
+            param=where,
+        ) from None

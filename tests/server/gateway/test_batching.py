@@ -1,0 +1,97 @@
+"""Micro-batching: order, gathering, errors and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from server.gateway.batching import Batcher
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+class Doubling:
+    """Doubles numbers; refuses negative ones; waits at a gate that a test may close."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self.batches.append(list(numbers))
+        self.begun.set()
+        assert self.gate.wait(10)
+        if any(number < 0 for number in numbers):
+            raise ValueError("negative")
+        return [2 * number for number in numbers]
+
+
+async def test_what_waits_is_computed_together(executor: ThreadPoolExecutor) -> None:
+    doubling = Doubling()
+    batcher = Batcher(doubling, executor, limit=32)
+    doubling.gate.clear()
+    first = asyncio.create_task(batcher([1]))
+    await asyncio.to_thread(doubling.begun.wait, 10)
+    rest = [asyncio.create_task(batcher([n, n + 100])) for n in range(10)]
+    await asyncio.sleep(0.01)
+    doubling.gate.set()
+    assert await first == [2]
+    assert await asyncio.gather(*rest) == [[2 * n, 2 * n + 200] for n in range(10)]
+    assert [len(batch) for batch in doubling.batches] == [1, 20]
+
+
+async def test_the_limit_holds_but_a_call_is_never_split(executor: ThreadPoolExecutor) -> None:
+    doubling = Doubling()
+    batcher = Batcher(doubling, executor, limit=3)
+    calls = [[1], [2, 3], [4, 5], [6, 7, 8, 9], [10]]
+    assert await asyncio.gather(*(batcher(call) for call in calls)) == [
+        [2 * n for n in call] for call in calls
+    ]
+    assert doubling.batches == [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]]
+
+
+async def test_an_error_reaches_its_callers_and_nobody_after(
+    executor: ThreadPoolExecutor,
+) -> None:
+    batcher = Batcher(Doubling(), executor, limit=32)
+    results = await asyncio.gather(batcher([1]), batcher([-1]), return_exceptions=True)
+    assert [type(result) for result in results] == [ValueError, ValueError]
+    assert await batcher([4]) == [8]
+
+
+async def test_a_cancelled_call_costs_the_others_nothing(executor: ThreadPoolExecutor) -> None:
+    doubling = Doubling()
+    batcher = Batcher(doubling, executor, limit=32)
+    doubling.gate.clear()
+    running = asyncio.create_task(batcher([1]))
+    await asyncio.to_thread(doubling.begun.wait, 10)
+    waiting, other = asyncio.create_task(batcher([2])), asyncio.create_task(batcher([3]))
+    await asyncio.sleep(0)
+    running.cancel()
+    waiting.cancel()
+    await asyncio.sleep(0)
+    doubling.gate.set()
+    assert await other == [6]
+    assert doubling.batches == [[1], [3]]
+
+
+async def test_the_loop_turns_while_a_batch_is_computed(executor: ThreadPoolExecutor) -> None:
+    doubling = Doubling()
+    batcher = Batcher(doubling, executor, limit=32)
+    doubling.gate.clear()
+    call = asyncio.create_task(batcher([1]))
+    for _ in range(10):
+        await asyncio.sleep(0.001)
+    assert not call.done()
+    doubling.gate.set()
+    assert await call == [2]

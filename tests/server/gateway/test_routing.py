@@ -1,0 +1,239 @@
+"""The real router and embedder inside the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from configs.manifest import BaseEntry
+from configs.schema import RouterConfig
+from expert_trainer.bundle import publish
+from expert_trainer.storage import Storage
+from router.conversation import Message
+from router.embedder import load_embedder
+from router.model import Router
+from router.types import Route
+from server.gateway.errors import RouterNotReadyError, UnroutableTextError
+from server.gateway.routing import LoadedRouter, Routing, router_from_bundle
+from tests.server.gateway.conftest import (
+    LAW,
+    SPORT,
+    House,
+    StartGateway,
+    chat,
+    make_config,
+    make_table,
+    make_worker,
+)
+
+SPORTS = [
+    f"The {team} {verb} the {event} after a {kind} match."
+    for team in ("goalkeeper", "striker", "tennis player")
+    for verb in ("won", "lost")
+    for event in ("cup final", "league game", "tournament")
+    for kind in ("close", "long")
+]
+LAWS = [
+    f"The {body} {verb} the {matter} under {kind} law."
+    for body in ("court", "judge", "tribunal")
+    for verb in ("dismissed", "upheld")
+    for matter in ("appeal", "contract claim", "injunction")
+    for kind in ("civil", "criminal")
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published bundle with a router over two topics and no experts."""
+    directory = tmp_path_factory.mktemp("routing")
+    config = RouterConfig(clusters=2, abstain_quantile=0.1, device="cpu")
+    embedder = load_embedder(
+        config.embedder, device="cpu", batch_size=config.batch_size, max_tokens=config.max_tokens
+    )
+    vectors = embedder.encode(SPORTS[6:] + LAWS[6:])
+    heldout = embedder.encode(SPORTS[:6] + LAWS[:6])
+    router = Router.fit(vectors, heldout, config, seed=0, embedder=embedder).router
+    router.save(directory / "router")
+    publish(
+        directory / "bundle",
+        base=BaseEntry(name="base", model="base", digest="0" * 64),
+        router_dir=directory / "router",
+        clusters=2,
+        experts=[],
+        config_digest="0" * 64,
+    )
+    return directory / "bundle"
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle: Path) -> LoadedRouter:
+    config = make_config()
+    at = config.bundle.model_copy(update={"path": str(bundle)})
+    return router_from_bundle(config.model_copy(update={"bundle": at}))
+
+
+def test_of_a_bundle_behind_a_url_the_router_alone_is_copied(
+    bundle: Path, ftp_url: str, tmp_path: Path, loaded: LoadedRouter
+) -> None:
+    published = Storage(ftp_url)
+    published.put_tree(bundle, "bundle", marker="manifest.json")
+    published.write("bundle/experts/expert-0000/0123456789ab/card.json", b"{}")
+    config = make_config()
+    places = {"path": f"{ftp_url}/bundle", "scratch_dir": str(tmp_path / "scratch")}
+    at = config.bundle.model_copy(update=places)
+    copied = router_from_bundle(config.model_copy(update={"bundle": at}))
+    assert copied.bundle == loaded.bundle
+    assert copied.router.threshold == loaded.router.threshold
+    copies = [path.parts for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+    assert any("router" in parts for parts in copies)
+    assert not any("experts" in parts for parts in copies)
+
+
+class Gated:
+    """A real router that waits at a gate and counts its batches."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self.threshold = router.threshold
+        self.batches: list[int] = []
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+        self.batches.append(len(conversations))
+        self.begun.set()
+        assert self.gate.wait(30)
+        return self._router.route_conversations(conversations)
+
+
+@pytest.fixture
+async def routing(loaded: LoadedRouter) -> AsyncIterator[Routing]:
+    routing = Routing(lambda: loaded, retry_after_s=3)
+    await routing.load()
+    yield routing
+    routing.close()
+
+
+async def test_requests_that_wait_are_embedded_together(loaded: LoadedRouter) -> None:
+    assert isinstance(loaded.router, Router)
+    gated = Gated(loaded.router)
+    routing = Routing(lambda: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
+    await routing.load()
+    texts = SPORTS[:12] + LAWS[:12]
+    first = asyncio.create_task(routing.route("completions", [{"prompt": texts[0]}]))
+    await asyncio.to_thread(gated.begun.wait, 10)
+    rest = [
+        asyncio.create_task(routing.route("completions", [{"prompt": text}])) for text in texts[1:]
+    ]
+    await asyncio.sleep(0.01)
+    gated.gate.set()
+    routes = [(await task)[0] for task in [first, *rest]]
+    assert gated.batches == [1, 23]
+    alone = loaded.router.route(texts)
+    assert [r.expert for r in routes] == [r.expert for r in alone]
+    assert [r.score for r in routes] == pytest.approx([r.score for r in alone], abs=1e-4)
+    assert len({route.expert for route in routes if route.expert}) == 2
+    routing.close()
+
+
+async def test_the_state_is_told(routing: Routing, loaded: LoadedRouter) -> None:
+    assert routing.status.state == "ready"
+    assert routing.status.bundle == loaded.bundle
+    assert routing.threshold == loaded.router.threshold
+    fresh = Routing(lambda: loaded, retry_after_s=3)
+    assert fresh.status.state == "loading"
+    with pytest.raises(RouterNotReadyError) as caught:
+        await fresh.route("completions", [{"prompt": "a"}])
+    assert caught.value.retry_after_s == 3
+    fresh.close()
+
+
+async def test_a_router_of_another_bundle_is_not_used(
+    routing: Routing, loaded: LoadedRouter
+) -> None:
+    routing.serve("0123456789ab")
+    assert (routing.status.state, routing.status.bundle) == ("mismatched", loaded.bundle)
+    with pytest.raises(RouterNotReadyError) as caught:
+        await routing.route("completions", [{"prompt": SPORTS[0]}])
+    for part in (loaded.bundle, "0123456789ab", "restart `introvert serve`"):
+        assert part in caught.value.message
+    routing.serve(loaded.bundle)
+    assert await routing.route("completions", [{"prompt": SPORTS[0]}])
+
+
+async def test_a_bundle_that_changes_while_a_text_is_routed(loaded: LoadedRouter) -> None:
+    assert isinstance(loaded.router, Router)
+    gated = Gated(loaded.router)
+    routing = Routing(lambda: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
+    await routing.load()
+    routing.serve(loaded.bundle)
+    asked = asyncio.create_task(routing.route("completions", [{"prompt": SPORTS[0]}]))
+    await asyncio.to_thread(gated.begun.wait, 10)
+    routing.serve("0123456789ab")
+    gated.gate.set()
+    with pytest.raises(RouterNotReadyError):
+        await asked
+    routing.close()
+
+
+async def test_one_bad_request_spoils_no_batch(routing: Routing) -> None:
+    good, bad = await asyncio.gather(
+        routing.route("completions", [{"prompt": SPORTS[0]}]),
+        routing.route("completions", [{"prompt": " "}]),
+        return_exceptions=True,
+    )
+    assert not isinstance(good, BaseException)
+    assert isinstance(bad, UnroutableTextError)
+    assert bad.param == "prompt"
+
+
+async def test_a_huge_text_holds_nobody_up(routing: Routing) -> None:
+    text = LAWS[0] + " of the law" * 500_000
+    async with asyncio.timeout(2):
+        ((huge,), (small,)) = await asyncio.gather(
+            routing.route("completions", [{"prompt": text}]),
+            routing.route("completions", [{"prompt": LAWS[0]}]),
+        )
+    assert huge.cluster == small.cluster
+
+
+async def test_the_loop_turns_while_texts_are_embedded(routing: Routing) -> None:
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.001)
+            turns += 1
+
+    turning = asyncio.create_task(turn())
+    await routing.route("completions", [{"prompt": " ".join(SPORTS) + str(n)} for n in range(8)])
+    turning.cancel()
+    assert turns >= 5
+
+
+async def test_from_text_to_the_right_engine(
+    house: House, start_gateway: StartGateway, loaded: LoadedRouter
+) -> None:
+    sport, law = make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [LAW])
+    table = make_table(1, sport, law, bundle=loaded.bundle)
+    gateway = await start_gateway(table, router=lambda: loaded)
+    await gateway.until("/ready", lambda answer: answer["router"] == "ready")
+    for texts in (SPORTS, LAWS):
+        _, explained, _ = await gateway.post("/v1/route", {"input": texts[7]})
+        (route,) = explained["data"]
+        assert not route["abstained"]
+        _, answer, headers = await gateway.post("/v1/chat/completions", chat("introvert", texts[7]))
+        assert answer["model"] == route["model"]
+        assert headers["x-introvert-expert"] == route["expert"]
+        assert float(headers["x-introvert-route-score"]) == pytest.approx(route["score"], abs=1e-3)
+    assert house.sport.seen
+    assert house.law.seen
+    _, answer, headers = await gateway.post(
+        "/v1/chat/completions", chat("introvert", "xkcd qwerty 0x7f zzz")
+    )
+    assert headers["x-introvert-expert"] == "base"

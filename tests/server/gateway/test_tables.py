@@ -1,0 +1,61 @@
+"""Following the table's file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.gateway.tables import TableFile
+from server.table import RoutingTable, write_table
+from tests.server.gateway.conftest import make_table, make_worker
+
+
+@pytest.fixture
+async def following(tmp_path: Path) -> AsyncIterator[tuple[Path, asyncio.Queue[RoutingTable]]]:
+    path = tmp_path / "table.json"
+    seen: asyncio.Queue[RoutingTable] = asyncio.Queue()
+
+    async def follow() -> None:
+        async for table in TableFile(path, interval_s=0.01).follow():
+            seen.put_nowait(table)
+
+    task = asyncio.create_task(follow())
+    yield path, seen
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_each_table_comes_once(
+    following: tuple[Path, asyncio.Queue[RoutingTable]],
+) -> None:
+    path, seen = following
+    await asyncio.sleep(0.05)
+    assert seen.empty()
+    for version in (1, 2, 3):
+        table = make_table(version, make_worker(0, "http://host:1", []))
+        write_table(path, table)
+        assert await asyncio.wait_for(seen.get(), 2) == table
+    await asyncio.sleep(0.05)
+    assert seen.empty()
+
+
+async def test_a_table_that_cannot_be_read_is_passed_over(
+    following: tuple[Path, asyncio.Queue[RoutingTable]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, seen = following
+    write_table(path, make_table(1))
+    assert (await asyncio.wait_for(seen.get(), 2)).version == 1
+    path.write_text('{"version": "none"}')
+    await asyncio.sleep(0.1)
+    assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
+    path.unlink()
+    await asyncio.sleep(0.05)
+    assert seen.empty()
+    write_table(path, make_table(2))
+    assert (await asyncio.wait_for(seen.get(), 2)).version == 2

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from configs.manifest import Fingerprint
+from server import controller as module
+from server.controller import Controller, Deployment, ServedExpert
+from server.engine import Adapter
+from server.errors import NotBegunError, WorkerLostError
+from server.table import RoutingTable, WorkerEntry, WorkerState
+from server.worker import WorkerStatus
+
+
+class FakeWorker:
+    """A worker without a process: ready as soon as it has been told what to serve."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.assigned: tuple[str, ...] | None = None
+        self.told = 0
+        self.lost = False
+        self.silent = False
+
+    async def status(self) -> WorkerStatus:
+        if self.silent:
+            await asyncio.sleep(3600)
+        if self.lost:
+            raise WorkerLostError("its process is gone")
+        state: WorkerState = "starting" if self.assigned is None else "ready"
+        entry = WorkerEntry(
+            id=self.name,
+            state=state,
+            url="http://127.0.0.1:20001",
+            node="127.0.0.1",
+            devices="cores:0",
+            engine="vllm 1",
+            pid=7,
+            experts=list(self.assigned or ()),
+            restarts=0,
+            detail="",
+        )
+        return WorkerStatus(entry, self.assigned, 512 if self.assigned is not None else None)
+
+    async def serve(self, adapters: Sequence[Adapter]) -> None:
+        self.told += 1
+        self.assigned = tuple(adapter.served_name for adapter in adapters)
+
+    def restart(self) -> None:
+        self.assigned = None
+
+
+def expert(number: int, mass: float) -> ServedExpert:
+    name, version = f"expert-{number:04d}", f"{number:012x}"
+    adapter = Adapter(
+        f"{name}@{version}", f"/bundle/{name}", 8, Fingerprint(token_ids=[1, 2], logprobs=[-1.0])
+    )
+    return ServedExpert(name, version, number, mass, adapter)
+
+
+DEPLOYMENT = Deployment(
+    bundle="0123456789ab",
+    base_name="base",
+    experts=tuple(expert(i, mass) for i, mass in enumerate([0.5, 0.3, 0.2])),
+    slots=None,
+    silence_s=0.3,
+)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.1)
+
+
+class Fixture:
+    def __init__(self) -> None:
+        self.workers = {name: FakeWorker(name) for name in ("worker-0", "worker-1")}
+        self.controllers: list[Controller] = []
+        self.seen = 0
+
+    async def controller(self, last: RoutingTable | None = None) -> Controller:
+        self.controllers.append(Controller())
+        nodes = dict.fromkeys(self.workers, "127.0.0.1")
+        await self.controllers[-1].begin(DEPLOYMENT, self.workers, nodes, last)
+        return self.controllers[-1]
+
+    async def until(
+        self, controller: Controller, condition: Callable[[RoutingTable], bool]
+    ) -> RoutingTable:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            table = await controller.table(self.seen, 0.5)
+            if table is not None:
+                assert table.version > self.seen
+                self.seen = table.version
+                if condition(table):
+                    return table
+        raise AssertionError("the table never showed it")
+
+
+@pytest.fixture
+async def fixture() -> AsyncIterator[Fixture]:
+    made = Fixture()
+    yield made
+    for controller in made.controllers:
+        await controller.end()
+
+
+def all_ready(table: RoutingTable) -> bool:
+    return all(worker.state == "ready" for worker in table.workers)
+
+
+async def test_every_expert_gets_a_home_and_every_worker_is_told(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    first = await controller.table(0, 1.0)
+    assert first
+    assert [worker.state for worker in first.workers] == ["starting", "starting"]
+    assert first.max_model_len is None
+    table = await fixture.until(controller, all_ready)
+    assert [home.workers for home in table.experts] == [["worker-0"], ["worker-1"], ["worker-1"]]
+    for home in table.experts:
+        assert [w.id for w in table.ready_workers(home.served_name)] == home.workers
+    assert (table.bundle, table.base_name, table.max_model_len) == ("0123456789ab", "base", 512)
+
+
+async def test_a_worker_that_began_anew_is_told_again(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    fixture.workers["worker-1"].restart()
+    await fixture.until(controller, lambda table: table.workers[1].state == "starting")
+    table = await fixture.until(controller, all_ready)
+    assert fixture.workers["worker-1"].told == 2
+    assert fixture.workers["worker-0"].told == 1
+    assert len(table.workers[1].experts) == 2
+
+
+async def test_a_lost_worker_is_down_and_the_others_are_not(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    fixture.workers["worker-0"].lost = True
+    table = await fixture.until(controller, lambda table: table.workers[0].state == "down")
+    lost, other = table.workers
+    assert (lost.url, lost.experts, lost.detail) == (None, [], "its process is gone")
+    assert other.state == "ready"
+    assert table.experts[0].workers == ["worker-0"], "its experts stay at home"
+    fixture.workers["worker-0"].lost = False
+    await fixture.until(controller, all_ready)
+
+
+async def test_a_silent_worker_is_down_only_after_a_while(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    fixture.workers["worker-0"].silent = True
+    began = time.monotonic()
+    table = await fixture.until(controller, lambda table: table.workers[0].state == "down")
+    assert time.monotonic() - began >= DEPLOYMENT.silence_s - 0.15
+    assert table.workers[0].detail == "it does not answer"
+    assert table.workers[1].state == "ready"
+
+
+async def test_a_worker_never_heard_of_is_told_from_a_silent_one(fixture: Fixture) -> None:
+    fixture.workers["worker-0"].silent = True
+    table = await fixture.until(
+        await fixture.controller(), lambda table: table.workers[0].state == "down"
+    )
+    assert table.workers[0].detail == module.UNBORN
+
+
+async def test_no_news_is_told_as_none(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    table = await fixture.until(controller, all_ready)
+    assert await controller.table(table.version, 0.1) is None
+
+
+async def test_a_new_controller_goes_on_from_the_last_table(fixture: Fixture) -> None:
+    last = await fixture.until(await fixture.controller(), all_ready)
+    await fixture.controllers[0].end()
+    fixture.workers["worker-0"].silent = True
+    successor = await fixture.controller(last)
+    assert await successor.table(last.version, 0.2) is None, "no news: nobody seems lost"
+    assert await successor.table(0, 0.2) == last
+    fixture.workers["worker-0"].lost = True
+    fixture.workers["worker-0"].silent = False
+    table = await fixture.until(successor, lambda table: table.workers[0].state == "down")
+    assert table.version == last.version + 1
+    assert table.max_model_len == last.max_model_len
+    assert [worker.told for worker in fixture.workers.values()] == [1, 1]
+
+
+async def test_one_that_was_told_nothing_says_so() -> None:
+    with pytest.raises(NotBegunError):
+        await Controller().table(0, 1.0)
+
+
+async def test_told_twice_it_goes_on_as_it_was(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    before = await fixture.until(controller, all_ready)
+    await controller.begin(DEPLOYMENT, fixture.workers, dict.fromkeys(fixture.workers, "elsewhere"))
+    assert await controller.table(before.version, 0.1) is None
