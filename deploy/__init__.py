@@ -1,0 +1,1 @@
+"""Composition root: the `introvert` command, the demo and the cluster files."""

@@ -1,0 +1,1 @@
+"""The offline demo: from the installed packages' documentation to experts that answer."""
