@@ -1,0 +1,214 @@
+"""The control plane on real engines and a real Ray: ready, hurt, healed, gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from server.cluster import Cluster
+from server.engine import fingerprint_distance
+from server.table import RoutingTable, WorkerEntry
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+HEAL_S = 60.0
+ACTOR_HEAL_S = 120.0
+"""Ray has to start the actor before the engine can be."""
+NOTICED_S = 15.0
+READY_S = 240.0
+
+
+def until(
+    cluster: Cluster, condition: Callable[[RoutingTable], bool], seconds: float
+) -> RoutingTable:
+    deadline = time.monotonic() + seconds
+    while not condition(cluster.table):
+        assert time.monotonic() < deadline, cluster.table.workers
+        time.sleep(0.05)
+    return cluster.table
+
+
+def worker(table: RoutingTable, name: str) -> WorkerEntry:
+    return next(entry for entry in table.workers if entry.id == name)
+
+
+def complete(entry: WorkerEntry, model: str, prompt: list[int], **extra: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0, **extra}
+    request = urllib.request.Request(
+        f"{entry.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def heal(
+    cluster: Cluster,
+    name: str,
+    hurt: Callable[[WorkerEntry], object],
+    limit_s: float = HEAL_S,
+) -> None:
+    """Hurt a worker and see it ready again in time, the other one answering all the while."""
+    before = worker(cluster.table, name)
+    other = next(entry for entry in cluster.table.workers if entry.id != name)
+    began = time.monotonic()
+    hurt(before)
+    until(cluster, lambda table: worker(table, name).state == "down", NOTICED_S)
+    assert cluster.table.ready_workers(before.experts[0]) == []
+    while worker(cluster.table, name).state != "ready":
+        assert time.monotonic() - began < limit_s, worker(cluster.table, name)
+        answer = complete(other, other.experts[0], [40, 41, 42], max_tokens=64)
+        assert answer["model"] == other.experts[0]
+    seconds = time.monotonic() - began
+    after = worker(cluster.table, name)
+    assert after.experts == served_by(cluster.table, name)
+    assert complete(after, after.experts[0], [40, 41, 42])["usage"]["completion_tokens"] == 4
+    print(f"\n{name} healed in {seconds:.1f} s")
+
+
+def served_by(table: RoutingTable, name: str) -> list[str]:
+    return [home.served_name for home in table.experts if name in home.workers]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    world: Any, left_behind: Callable[[], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    work = tmp_path_factory.mktemp("work")
+    with Cluster(world.config(work)) as cluster:
+        began = time.monotonic()
+        cluster.wait_ready(READY_S)
+        print(f"\ntwo workers ready in {time.monotonic() - began:.1f} s")
+        yield cluster
+        assert len(left_behind()) > 8, "the check below can fail"
+    assert left_behind() == []
+    assert not list(work.glob("serving-*"))
+    assert sorted(path.name for path in (work / "logs").iterdir()) == [
+        "gateway.log",
+        "worker-0.log",
+        "worker-1.log",
+    ]
+
+
+def test_all_experts_are_verified_and_answer(cluster: Cluster, world: Any) -> None:
+    table = cluster.table
+    assert len(table.experts) == 3
+    assert table.max_model_len == 256
+    assert all(entry.engine == "vllm 0.32.0" for entry in table.workers)
+    assert len({entry.devices for entry in table.workers}) == min(2, len(os.sched_getaffinity(0)))
+    for home in table.experts:
+        (entry,) = table.ready_workers(home.served_name)
+        assert home.workers == [entry.id]
+        answer = complete(entry, home.served_name, [40, 41, 42])
+        assert (answer["model"], answer["usage"]["completion_tokens"]) == (home.served_name, 4)
+    for entry in table.workers:
+        assert complete(entry, table.base_name, [40, 41])["model"] == table.base_name
+        assert entry.pid
+        tree = [psutil.Process(entry.pid), *psutil.Process(entry.pid).children(recursive=True)]
+        memory = sum(process.memory_full_info().pss for process in tree)
+        print(f"\n{entry.id}: {len(tree)} processes, {memory / 2**30:.2f} GiB")
+
+
+def test_fingerprints_tell_the_right_expert_from_the_others(cluster: Cluster, world: Any) -> None:
+    from expert_trainer.bundle import open_bundle
+
+    bundle = open_bundle(world.bundle)
+    recorded = {e.served_name: bundle.card(e).fingerprint for e in bundle.manifest.served}
+    for home in cluster.table.experts:
+        (entry,) = cluster.table.ready_workers(home.served_name)
+        fingerprint = recorded[home.served_name]
+        answer = complete(entry, home.served_name, fingerprint.token_ids, prompt_logprobs=0)
+        rows = answer["choices"][0]["prompt_logprobs"][1:]
+        measured = [next(iter(row.values()))["logprob"] for row in rows]
+        right = fingerprint_distance(measured, fingerprint.logprobs)
+        wrong = min(
+            fingerprint_distance(measured, other.logprobs)
+            for name, other in recorded.items()
+            if name != home.served_name
+        )
+        print(f"\n{home.served_name}: right {right:.2e} nats, nearest wrong {wrong:.3f} nats")
+        assert right < 0.001
+        assert wrong > 0.05
+
+
+def test_a_killed_api_server_heals_under_a_controller_that_was_killed_before(
+    cluster: Cluster,
+) -> None:
+    def kill(entry: WorkerEntry) -> None:
+        assert entry.pid
+        os.kill(entry.pid, signal.SIGKILL)
+
+    before = cluster.table
+    ray.kill(cluster._controller, no_restart=False)
+    heal(cluster, "worker-0", kill)
+    after = cluster.table
+    assert after.version > before.version
+    assert worker(after, "worker-0").restarts == 1
+    assert worker(after, "worker-1") == worker(before, "worker-1")
+
+
+def test_a_killed_engine_core_heals_but_for_an_adapter_swapped_meanwhile(
+    cluster: Cluster, world: Any
+) -> None:
+    from expert_trainer.bundle import ADAPTER_WEIGHTS, open_bundle
+
+    bundle = open_bundle(world.bundle)
+    before = worker(cluster.table, "worker-1")
+    victim, other = (e for e in bundle.manifest.served if e.served_name in before.experts)
+    weights = bundle.expert_dir(victim) / ADAPTER_WEIGHTS
+    original = weights.read_bytes()
+    weights.write_bytes((bundle.expert_dir(other) / ADAPTER_WEIGHTS).read_bytes())
+    try:
+        children = psutil.Process(before.pid).children(recursive=True)
+        max(children, key=lambda child: child.memory_info().rss).kill()
+        until(cluster, lambda table: worker(table, "worker-1").state == "down", NOTICED_S)
+        table = until(cluster, lambda table: worker(table, "worker-1").state == "ready", HEAL_S)
+    finally:
+        weights.write_bytes(original)
+    after = worker(table, "worker-1")
+    assert after.experts == [other.served_name]
+    assert f"{victim.served_name} refused" in after.detail
+    assert table.ready_workers(victim.served_name) == []
+
+
+def test_a_killed_worker_actor_takes_its_engine_along_and_heals(cluster: Cluster) -> None:
+    def kill(entry: WorkerEntry) -> None:
+        assert entry.pid
+        ancestry = psutil.Process(entry.pid).parents()
+        next(parent for parent in ancestry if "ray::Worker" in " ".join(parent.cmdline())).kill()
+
+    assert len(served_by(cluster.table, "worker-1")) == 2, "it gets back what it had refused"
+    engine = worker(cluster.table, "worker-1").pid
+    assert engine
+    heal(cluster, "worker-1", kill, ACTOR_HEAL_S)
+    assert not psutil.pid_exists(engine)
+
+
+def test_a_killed_gateway_is_back_on_its_port(cluster: Cluster) -> None:
+    def healthy() -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"{cluster.url}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    assert healthy()
+    gateway = next(
+        child for child in psutil.Process().children() if "server.gateway" in child.cmdline()
+    )
+    gateway.kill()
+    gateway.wait(5)
+    deadline = time.monotonic() + 30
+    while not healthy():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
