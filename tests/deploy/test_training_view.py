@@ -92,17 +92,20 @@ def test_drawing_and_events_do_not_wait_for_each_other(crowd: list[Any]) -> None
         stop = threading.Event()
 
         def redraw() -> None:
-            while not stop.is_set():
+            # The pause lets the others have the terminal's lock, which is not a fair one.
+            while not stop.wait(0.0005):
                 assert view._live is not None
                 view._live.refresh()
 
         drawing = threading.Thread(target=redraw, daemon=True)
         drawing.start()
-        for attempt in range(100):
-            view(ExpertFailed("expert-0002", "again", attempt, final=False))
-            view(ExpertStarted("expert-0002", "trainer-a1b2c3-1.1", 100, attempt + 1))
-        stop.set()
-        drawing.join(timeout=10)
+        try:
+            for attempt in range(100):
+                view(ExpertFailed("expert-0002", "again", attempt, final=False))
+                view(ExpertStarted("expert-0002", "trainer-a1b2c3-1.1", 100, attempt + 1))
+        finally:
+            stop.set()
+            drawing.join(timeout=10)
         assert not drawing.is_alive()
 
 
