@@ -140,6 +140,13 @@ class RouterConfig(Section):
     """Tokens of a text that are embedded; time grows with them, and a topic shows early."""
     batch_size: PositiveInt = 64
     """Texts embedded at once."""
+    student: bool = True
+    """Distil a fast student of the embedder at fit time, which answers where it is sure."""
+    agreement: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the student's answers that must be the embedder's own: sets how sure is sure."""
+    runtime: Literal["auto", "onnx", "torch"] = "auto"
+    """What computes the embedder while serving; `auto`: ONNX Runtime on a CPU where its vectors
+    agree with torch's, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device while fitting; `auto`: a GPU where there is one. Serving takes one for `cuda` only."""
 
@@ -229,6 +236,22 @@ class ServingConfig(Section):
     """Cores of a worker; on a CPU-only cluster its engine is pinned to them."""
     slots: PositiveInt | Auto = "auto"
     """LoRA places in an engine (`--max-loras`); `auto`: as many as are pinned to the worker."""
+    host_slots: PositiveInt | Auto = "auto"
+    """Adapters that an engine keeps in host memory (`--max-cpu-loras`); `auto`: twice as many as
+    are placed on the worker, so that a new version fits beside the old."""
+    max_rank: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
+    """LoRA rank that engines are sized for; `auto`: the largest of the bundle at the start. A
+    bundle of higher rank cannot be published to running engines."""
+    max_replicas: PositiveInt = 4
+    """Homes of one expert at the most; busy experts get more than one."""
+    rebalance_s: NonNegativeFloat = 30.0
+    """Seconds between two looks at what experts are asked for, to place them anew; 0: never."""
+    rebalance_gain: Share = 0.1
+    """Share by which the busiest worker's load must fall for experts to be moved."""
+    move_after_s: NonNegativeFloat = 2.0
+    """Seconds that a worker is down before its experts get homes on others until it is back."""
+    drain_timeout_s: NonNegativeFloat = 60.0
+    """Seconds that requests on a replaced bundle get to finish before its experts are unloaded."""
     max_model_len: PositiveInt | None = None
     """Context length; default: the base's own."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -260,18 +283,59 @@ class GatewayConfig(Section):
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
+    processes: PositiveInt = 1
+    """Gateway processes that share the port, the routing table and the metrics."""
+    keys_file: str | None = None
+    """YAML file of API keys (`introvert keys` makes entries); null: anybody may ask."""
+    admin_key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the key for `/admin/*`; null: a new key at each start, kept in a file that only
+    its owner can read, and `/admin/status` open to all."""
     max_body_bytes: PositiveInt = 8 * 1024 * 1024
     """Largest request body."""
+    max_prompt_bytes: PositiveInt = 4 * 1024 * 1024
+    """Largest prompt: what of a body routing and the engine would read."""
+    max_header_bytes: PositiveInt = 32 * 1024
+    """Largest total of a request's headers."""
+    client_timeout_s: PositiveFloat = 30.0
+    """Seconds a client may take to send its request, or to take the next part of its answer."""
     connect_timeout_s: PositiveFloat = 2.0
     """Seconds to reach a worker before another replica is tried."""
     request_timeout_s: PositiveFloat = 600.0
     """Seconds between two reads from a worker before the request is given up."""
+    deadline_s: PositiveFloat | None = None
+    """Seconds a whole request may take, waiting included; null: no limit. A client may ask for
+    less with the header `x-introvert-deadline-ms`."""
+    worker_concurrency: PositiveInt = 256
+    """Requests in flight on one worker at the most; more wait in the gateway."""
+    max_queue: Count = 1024
+    """Requests that wait for one worker at the most; more are refused with 429."""
+    queue_timeout_s: PositiveFloat = 30.0
+    """Seconds a request waits for a worker, or for one to hold its expert again, before a 503."""
+    group_wait_s: PositiveFloat = 1.0
+    """Where a worker holds more experts than slots: longest that requests for one expert wait
+    while those for the experts in the slots are served."""
+    spill_wait_s: PositiveFloat | None = 5.0
+    """Expected wait, seconds, above which a routed request goes to the runner-up expert or to the
+    base instead, and says so; null: never."""
+    affinity_slack: Count = 4
+    """Requests by which a conversation's usual replica may be busier than another and still get
+    the conversation, for the sake of its prefix cache."""
+    breaker_failures: PositiveInt = 3
+    """Failures of a worker in a row after which it is left alone for a while."""
+    breaker_pause_s: PositiveFloat = 1.0
+    """Seconds it is left alone, doubled with each failed attempt after that, up to 30."""
     retry_after_s: PositiveInt = 5
     """`Retry-After` of a 503."""
     drain_timeout_s: NonNegativeFloat = 10.0
     """Seconds that running requests get to finish at shutdown."""
     max_connections: PositiveInt = 4096
     """Upstream connections, over all workers."""
+    access_log: bool = False
+    """Log every request as a line of JSON, not only what goes wrong."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector (OTLP over HTTP) that gets traces; null: none are made."""
+    trace_share: Share = 0.01
+    """Share of the requests that are traced, besides those whose caller traces them."""
 
 
 class RunConfig(Section):

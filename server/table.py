@@ -12,6 +12,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+TABLE_FILE = "table.json"
+ENGINE_KEY_FILE = "engine.key"
+"""Beside the table's file: the key that engines ask for, readable by its owner alone."""
+CONTROL_SOCKET = "control.sock"
+"""Beside it: the control plane's own HTTP API, on a Unix socket."""
+GATEWAY_SOCKET = "gateway-{}.sock"
+"""Beside it: one gateway process' own HTTP API, by its number."""
+
 WorkerState = Literal["starting", "ready", "down", "failed"]
 
 
@@ -42,6 +50,10 @@ class WorkerEntry(_Entry):
     """Times the engine was started again after it had been lost."""
     detail: str
     """Why the worker is not ready, or which experts it refused and why; empty when all is well."""
+    refused: dict[str, str] = {}
+    """Served names of the experts that it was told to serve and will not, each with the reason."""
+    slots: int | None = None
+    """LoRA places of its engine; none before it is known."""
 
 
 class ExpertHome(_Entry):
@@ -55,6 +67,18 @@ class ExpertHome(_Entry):
     """Ids of the workers the placement gives it, ready or not."""
 
 
+class Canary(_Entry):
+    """A bundle beside the one that is served, on its way to take its place."""
+
+    bundle: str
+    """Its version."""
+    place: str
+    """Its directory or URL."""
+    share: float
+    """Share of the conversations that it answers, in [0, 1]; 0: it is only being made ready."""
+    experts: list[ExpertHome]
+
+
 class RoutingTable(_Entry):
     """Everything a gateway needs to forward."""
 
@@ -62,12 +86,16 @@ class RoutingTable(_Entry):
     """Grows with every change."""
     bundle: str
     """Version of the bundle that is served."""
+    place: str = ""
+    """Its directory or URL; empty: as configured."""
     base_name: str
     """Model name of the base, the same in every engine."""
     max_model_len: int | None
     """Context length of the engines, tokens; none before the first engine told it."""
     workers: list[WorkerEntry]
     experts: list[ExpertHome]
+    canary: Canary | None = None
+    """The bundle that is to be served next, if one is."""
 
     def ready_workers(self, served_name: str | None) -> list[WorkerEntry]:
         """Workers that can answer for an expert now, or for the base (`served_name` none)."""

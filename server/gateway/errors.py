@@ -8,16 +8,26 @@ GatewayError                      an answer that the gateway makes instead of an
 │   ├── MissingParameterError
 │   ├── InvalidParameterError
 │   └── UnroutableTextError
+├── UnauthorizedError       401
+├── ForbiddenModelError     403
 ├── UnknownPathError        404
 ├── ModelNotFoundError      404
 ├── MethodNotAllowedError   405
+├── RequestTimeoutError     408
 ├── BodyTooLargeError       413
+│   └── PromptTooLargeError
+├── HeadersTooLargeError    431
+├── TooManyRequestsError    429   with Retry-After
+│   ├── RateLimitedError
+│   └── QueueFullError
 ├── EngineAnswerError       any   the engine's own refusal, in the client's dialect
 ├── UnavailableError        503   with Retry-After
 │   ├── NoEngineError
 │   ├── RouterNotReadyError
-│   └── EngineLostError
+│   ├── EngineLostError
+│   └── QueueTimeoutError
 ├── EngineTimeoutError      504
+├── DeadlineError           504
 └── InternalError           500
 
 A class fixes status and code (but for the engine's own); a `code` never changes its meaning,
@@ -38,10 +48,14 @@ Dialect = Literal["openai", "responses", "anthropic"]
 
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    431: "request_too_large",
     503: "overloaded_error",
     504: "timeout_error",
 }
@@ -101,6 +115,27 @@ class UnroutableTextError(BadRequestError):
     code = "unroutable"
 
 
+class UnauthorizedError(GatewayError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "invalid_request_error"
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`WWW-Authenticate`, which a 401 must carry (RFC 9110, section 15.5.2)."""
+        return [(b"www-authenticate", b"Bearer")]
+
+
+class ForbiddenModelError(GatewayError):
+    """The API key may not ask this model."""
+
+    status = 403
+    code = "model_not_allowed"
+    type = "invalid_request_error"
+
+
 class UnknownPathError(GatewayError):
     """There is no such endpoint."""
 
@@ -142,6 +177,57 @@ class BodyTooLargeError(GatewayError):
     type = "invalid_request_error"
 
 
+class PromptTooLargeError(BodyTooLargeError):
+    """The prompt is over `gateway.max_prompt_bytes`."""
+
+    code = "prompt_too_large"
+
+
+class HeadersTooLargeError(GatewayError):
+    """The headers are over `gateway.max_header_bytes`."""
+
+    status = 431
+    code = "headers_too_large"
+    type = "invalid_request_error"
+
+
+class RequestTimeoutError(GatewayError):
+    """The client took too long to send its request."""
+
+    status = 408
+    code = "request_timeout"
+    type = "invalid_request_error"
+
+
+class TooManyRequestsError(GatewayError):
+    """Refused for now, so that others, or the engines, are not overrun."""
+
+    status = 429
+    code = "too_many_requests"
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """`Retry-After`, in seconds."""
+        return [(b"retry-after", str(self.retry_after_s).encode())]
+
+
+class RateLimitedError(TooManyRequestsError):
+    """The API key has asked too often, or has too many requests running."""
+
+    code = "rate_limit_exceeded"
+
+
+class QueueFullError(TooManyRequestsError):
+    """Too many requests wait for the worker already."""
+
+    code = "queue_full"
+
+
 class UnavailableError(GatewayError):
     """Cannot be answered now, but soon."""
 
@@ -175,6 +261,20 @@ class EngineLostError(UnavailableError):
     """The engine went away after it had been given the request."""
 
     code = "engine_lost"
+
+
+class QueueTimeoutError(UnavailableError):
+    """It waited for a worker for as long as it may."""
+
+    code = "queue_timeout"
+
+
+class DeadlineError(GatewayError):
+    """The request took longer than its deadline."""
+
+    status = 504
+    code = "deadline_exceeded"
+    type = "timeout_error"
 
 
 class EngineTimeoutError(GatewayError):
