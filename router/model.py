@@ -188,8 +188,25 @@ class Router:
         scores, clusters = self._index.search(embeddings, count)
         return [self._decide(*row) for row in zip(scores, clusters, strict=True)]
 
+    def quick_route(self, messages: Sequence[Message]) -> Route | None:
+        """Where a conversation goes, if that can be told without the embedder."""
+        return None
+
     def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
-        """Where each conversation goes.
+        """Where each conversation goes: by the student where it is sure, else by the embedder.
+
+        Args and rules as in `embedder_routes`.
+        """
+        routes = [self.quick_route(messages) for messages in conversations]
+        rest = iter(
+            self.embedder_routes(
+                [c for c, route in zip(conversations, routes, strict=True) if route is None]
+            )
+        )
+        return [next(rest) if route is None else route for route in routes]
+
+    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+        """Where each conversation goes, by the full embedder.
 
         With `sticky`, a conversation stays with the expert of its first user turn, which every
         request of it repeats, unless the text routed on has an expert of its own whose centroid

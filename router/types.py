@@ -6,6 +6,10 @@ Knows nothing of embedders or centroids, so that everything may import it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Decider = Literal["student", "embedder"]
+"""What a route comes from: the distilled student, where it was sure, or the full embedder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +38,5 @@ class Route:
     """Whether the score lies below the calibrated threshold."""
     top: tuple[Candidate, ...]
     """The best candidates, falling by score; the first is the winner, abstention or not."""
+    by: Decider = "embedder"
+    """What decided; scores of the student are estimates of those of the embedder."""

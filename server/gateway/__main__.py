@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -53,7 +54,7 @@ def main() -> int:
         logger.error("%s", error)
         _tell({"error": str(error)})
         return error.exit_code
-    app = create_app(config, TableFile(arguments.table), lambda: router_from_bundle(config))
+    app = create_app(config, TableFile(arguments.table), partial(router_from_bundle, config))
     server = Server(
         uvicorn.Config(
             app,

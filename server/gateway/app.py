@@ -134,16 +134,12 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await parts.upstream.start()
-        tasks = [
-            asyncio.create_task(_follow(parts, table_source)),
-            asyncio.create_task(parts.routing.load()),
-        ]
+        following = asyncio.create_task(_follow(parts, table_source))
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             parts.routing.close()
             await parts.upstream.close()
 

@@ -16,6 +16,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class QueueFullError(Exception):
+    """More calls wait already than may."""
+
+
 class Batcher(Generic[Item, Result]):
     """Turns a function of many items into a coroutine of few.
 
@@ -23,6 +27,8 @@ class Batcher(Generic[Item, Result]):
         compute: gives one result per item, in order; runs in `executor`.
         executor: one thread, so that at most one batch is computed at a time.
         limit: items of a batch, at the most; one call's items are never split.
+        most_waiting: calls that may wait for a batch of theirs; more are refused at once, since
+            they would only be late.
     """
 
     def __init__(
@@ -30,15 +36,23 @@ class Batcher(Generic[Item, Result]):
         compute: Callable[[Sequence[Item]], Sequence[Result]],
         executor: Executor,
         limit: int,
+        most_waiting: int,
     ) -> None:
         self._compute = compute
         self._executor = executor
         self._limit = limit
+        self._most_waiting = most_waiting
         self._waiting: deque[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
     async def __call__(self, items: Sequence[Item]) -> Sequence[Result]:
-        """Results of these items. An error of the batch is raised by every call in it."""
+        """Results of these items. An error of the batch is raised by every call in it.
+
+        Raises:
+            QueueFullError: `most_waiting` calls wait already.
+        """
+        if len(self._waiting) >= self._most_waiting:
+            raise QueueFullError
         future: asyncio.Future[Sequence[Result]] = asyncio.get_running_loop().create_future()
         self._waiting.append((items, future))
         if self._running is None:

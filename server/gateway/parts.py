@@ -57,4 +57,7 @@ class Parts:
         """Serve by this table from now on."""
         self.chooser.update(table)
         self.readiness.update(table)
-        self.routing.serve(table.bundle)
+        bundles = {table.bundle: table.place}
+        if table.canary is not None:
+            bundles.setdefault(table.canary.bundle, table.canary.place)
+        self.routing.serve(bundles)

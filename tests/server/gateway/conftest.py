@@ -184,7 +184,10 @@ class FakeRouter:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def quick_route(self, messages: Sequence[Message]) -> Route | None:
+        return None
+
+    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))
         return [self._route(messages[-1].text) for messages in conversations]
 
@@ -362,7 +365,7 @@ async def start_gateway() -> AsyncIterator[StartGateway]:
         async def start(
             *tables: RoutingTable, router: RouterSource | None = None, **options: Any
         ) -> Gateway:
-            def loads() -> LoadedRouter:
+            def loads(place: str) -> LoadedRouter:
                 return LoadedRouter(router=FakeRouter(), bundle="cccccccccccc")
 
             source = FakeTables(*tables)
@@ -372,7 +375,7 @@ async def start_gateway() -> AsyncIterator[StartGateway]:
             gateway = Gateway(url, source, http)
             if tables:
                 await gateway.until("/admin/status", lambda status: status["table"] is not None)
-            if router is None:
+            if tables and router is None:
                 await gateway.until("/admin/status", lambda s: s["router"]["state"] == "ready")
             return gateway
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.gateway.batching import Batcher
+from server.gateway.batching import Batcher, QueueFullError
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ class Doubling:
 
 async def test_what_waits_is_computed_together(executor: ThreadPoolExecutor) -> None:
     doubling = Doubling()
-    batcher = Batcher(doubling, executor, limit=32)
+    batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     first = asyncio.create_task(batcher([1]))
     await asyncio.to_thread(doubling.begun.wait, 10)
@@ -52,7 +52,7 @@ async def test_what_waits_is_computed_together(executor: ThreadPoolExecutor) -> 
 
 async def test_the_limit_holds_but_a_call_is_never_split(executor: ThreadPoolExecutor) -> None:
     doubling = Doubling()
-    batcher = Batcher(doubling, executor, limit=3)
+    batcher = Batcher(doubling, executor, limit=3, most_waiting=64)
     calls = [[1], [2, 3], [4, 5], [6, 7, 8, 9], [10]]
     assert await asyncio.gather(*(batcher(call) for call in calls)) == [
         [2 * n for n in call] for call in calls
@@ -63,7 +63,7 @@ async def test_the_limit_holds_but_a_call_is_never_split(executor: ThreadPoolExe
 async def test_an_error_reaches_its_callers_and_nobody_after(
     executor: ThreadPoolExecutor,
 ) -> None:
-    batcher = Batcher(Doubling(), executor, limit=32)
+    batcher = Batcher(Doubling(), executor, limit=32, most_waiting=64)
     results = await asyncio.gather(batcher([1]), batcher([-1]), return_exceptions=True)
     assert [type(result) for result in results] == [ValueError, ValueError]
     assert await batcher([4]) == [8]
@@ -71,7 +71,7 @@ async def test_an_error_reaches_its_callers_and_nobody_after(
 
 async def test_a_cancelled_call_costs_the_others_nothing(executor: ThreadPoolExecutor) -> None:
     doubling = Doubling()
-    batcher = Batcher(doubling, executor, limit=32)
+    batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     running = asyncio.create_task(batcher([1]))
     await asyncio.to_thread(doubling.begun.wait, 10)
@@ -87,7 +87,7 @@ async def test_a_cancelled_call_costs_the_others_nothing(executor: ThreadPoolExe
 
 async def test_the_loop_turns_while_a_batch_is_computed(executor: ThreadPoolExecutor) -> None:
     doubling = Doubling()
-    batcher = Batcher(doubling, executor, limit=32)
+    batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     call = asyncio.create_task(batcher([1]))
     for _ in range(10):
@@ -95,3 +95,17 @@ async def test_the_loop_turns_while_a_batch_is_computed(executor: ThreadPoolExec
     assert not call.done()
     doubling.gate.set()
     assert await call == [2]
+
+
+async def test_a_queue_that_is_full_refuses_at_once(executor: ThreadPoolExecutor) -> None:
+    doubling = Doubling()
+    batcher = Batcher(doubling, executor, limit=1, most_waiting=1)
+    doubling.gate.clear()
+    first = asyncio.create_task(batcher([1]))
+    await asyncio.to_thread(doubling.begun.wait, 10)
+    waiting = asyncio.create_task(batcher([2]))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await batcher([3])
+    doubling.gate.set()
+    assert await asyncio.gather(first, waiting) == [[2], [4]]

@@ -126,7 +126,7 @@ async def test_while_the_router_loads_explicit_models_are_answered(
 ) -> None:
     loaded = threading.Event()
 
-    def loads() -> LoadedRouter:
+    def loads(place: str) -> LoadedRouter:
         assert loaded.wait(10)
         return LoadedRouter(FakeRouter(), "cccccccccccc")
 
@@ -152,7 +152,7 @@ async def test_while_the_router_loads_explicit_models_are_answered(
 async def test_a_router_that_cannot_be_loaded_is_told(
     house: House, start_gateway: StartGateway
 ) -> None:
-    def fails() -> LoadedRouter:
+    def fails(place: str) -> LoadedRouter:
         raise IntrovertError("the bundle is gone; publish it again")
 
     gateway = await start_gateway(make_table(1, make_worker(0, house.sport.url, [])), router=fails)
@@ -164,6 +164,7 @@ async def test_a_router_that_cannot_be_loaded_is_told(
 async def test_a_table_of_another_bundle_stops_routing_alone(house: House) -> None:
     workers = make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [LAW])
     await house.gateway.uses(make_table(2, *workers, bundle="dddddddddddd"))
+    await house.gateway.until("/ready", lambda answer: answer["router"] == "mismatched")
     for path, body in (
         ("/v1/chat/completions", chat("introvert", "sport")),
         ("/v1/route", {"input": "sport"}),
@@ -241,7 +242,7 @@ async def test_route_refuses(house: House, body: Any, code: str, param: str | No
 async def test_a_client_that_hangs_up_while_it_sends_is_no_defect(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    app = create_app(make_config(), FakeTables(), lambda: LoadedRouter(FakeRouter(), "c"))
+    app = create_app(make_config(), FakeTables(), lambda _: LoadedRouter(FakeRouter(), "c"))
     received = iter(
         [
             {"type": "http.request", "body": b'{"inp', "more_body": True},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,13 @@ import pytest
 from configs.manifest import BaseEntry
 from configs.schema import RouterConfig
 from expert_trainer.bundle import publish
+from expert_trainer.errors import BundleError
 from expert_trainer.storage import Storage
 from router.conversation import Message
 from router.embedder import load_embedder
 from router.model import Router
 from router.types import Route
-from server.gateway.errors import RouterNotReadyError, UnroutableTextError
+from server.gateway.errors import RouterNotReadyError, UnavailableError, UnroutableTextError
 from server.gateway.routing import LoadedRouter, Routing, router_from_bundle
 from tests.server.gateway.conftest import (
     LAW,
@@ -93,6 +94,30 @@ def test_of_a_bundle_behind_a_url_the_router_alone_is_copied(
     assert not any("experts" in parts for parts in copies)
 
 
+class Fixed:
+    """Sends everything to one expert, by the student unless the text is the unsure one."""
+
+    threshold = 0.5
+
+    def __init__(self, expert: str, unsure: str | None = None) -> None:
+        self._expert, self._unsure = expert, unsure
+        self.embedded: list[str] = []
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def quick_route(self, messages: Sequence[Message]) -> Route | None:
+        if messages[-1].text == self._unsure:
+            return None
+        return Route(self._expert, 0, 0.9, 0.1, False, (), by="student")
+
+    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+        self.begun.set()
+        assert self.gate.wait(30)
+        self.embedded += [messages[-1].text for messages in conversations]
+        return [Route(self._expert, 0, 0.9, 0.1, False, ()) for _ in conversations]
+
+
 class Gated:
     """A real router that waits at a gate and counts its batches."""
 
@@ -103,26 +128,44 @@ class Gated:
         self.begun = threading.Event()
         self.gate = threading.Event()
 
-    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def quick_route(self, messages: Sequence[Message]) -> Route | None:
+        return None
+
+    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))
         self.begun.set()
         assert self.gate.wait(30)
-        return self._router.route_conversations(conversations)
+        return self._router.embedder_routes(conversations)
 
 
 @pytest.fixture
 async def routing(loaded: LoadedRouter) -> AsyncIterator[Routing]:
-    routing = Routing(lambda: loaded, retry_after_s=3)
-    await routing.load()
+    routing = Routing(lambda _: loaded, retry_after_s=3)
+    routing.serve({loaded.bundle: ""})
+    await until_settled(routing)
     yield routing
     routing.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(12_000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("did not happen within a minute")
+
+
+async def until_settled(routing: Routing) -> None:
+    """Until nothing is being loaded."""
+    await until(lambda: all(s.state != "loading" for s in routing.states().values()))
 
 
 async def test_requests_that_wait_are_embedded_together(loaded: LoadedRouter) -> None:
     assert isinstance(loaded.router, Router)
     gated = Gated(loaded.router)
-    routing = Routing(lambda: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
-    await routing.load()
+    routing = Routing(lambda _: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
+    routing.serve({loaded.bundle: ""})
+    await until_settled(routing)
     texts = SPORTS[:12] + LAWS[:12]
     first = asyncio.create_task(routing.route("completions", [{"prompt": texts[0]}]))
     await asyncio.to_thread(gated.begun.wait, 10)
@@ -144,7 +187,8 @@ async def test_the_state_is_told(routing: Routing, loaded: LoadedRouter) -> None
     assert routing.status.state == "ready"
     assert routing.status.bundle == loaded.bundle
     assert routing.threshold == loaded.router.threshold
-    fresh = Routing(lambda: loaded, retry_after_s=3)
+    assert routing.states() == {loaded.bundle: routing.status}
+    fresh = Routing(lambda _: loaded, retry_after_s=3)
     assert fresh.status.state == "loading"
     with pytest.raises(RouterNotReadyError) as caught:
         await fresh.route("completions", [{"prompt": "a"}])
@@ -155,28 +199,112 @@ async def test_the_state_is_told(routing: Routing, loaded: LoadedRouter) -> None
 async def test_a_router_of_another_bundle_is_not_used(
     routing: Routing, loaded: LoadedRouter
 ) -> None:
-    routing.serve("0123456789ab")
+    routing.serve({"0123456789ab": ""})
+    await until_settled(routing)
+    assert not routing.ready("0123456789ab")
     assert (routing.status.state, routing.status.bundle) == ("mismatched", loaded.bundle)
     with pytest.raises(RouterNotReadyError) as caught:
         await routing.route("completions", [{"prompt": SPORTS[0]}])
     for part in (loaded.bundle, "0123456789ab", "restart `introvert serve`"):
         assert part in caught.value.message
-    routing.serve(loaded.bundle)
+    routing.serve({loaded.bundle: ""})
+    await until_settled(routing)
     assert await routing.route("completions", [{"prompt": SPORTS[0]}])
 
 
 async def test_a_bundle_that_changes_while_a_text_is_routed(loaded: LoadedRouter) -> None:
     assert isinstance(loaded.router, Router)
     gated = Gated(loaded.router)
-    routing = Routing(lambda: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
-    await routing.load()
-    routing.serve(loaded.bundle)
+    routing = Routing(lambda _: LoadedRouter(gated, loaded.bundle), retry_after_s=3)
+    routing.serve({loaded.bundle: ""})
+    await until_settled(routing)
     asked = asyncio.create_task(routing.route("completions", [{"prompt": SPORTS[0]}]))
     await asyncio.to_thread(gated.begun.wait, 10)
-    routing.serve("0123456789ab")
+    routing.serve({"0123456789ab": "elsewhere"})
     gated.gate.set()
+    (route,) = await asked
+    assert route.expert is not None
     with pytest.raises(RouterNotReadyError):
-        await asked
+        await routing.route("completions", [{"prompt": SPORTS[0]}], bundle=loaded.bundle)
+    routing.close()
+
+
+async def test_each_bundle_is_routed_by_its_own_router(loaded: LoadedRouter) -> None:
+    places: list[str] = []
+
+    def source(place: str) -> LoadedRouter:
+        places.append(place)
+        return LoadedRouter(Fixed(place or "first"), {"": "aaa", "next": "bbb"}[place])
+
+    routing = Routing(source, retry_after_s=3)
+    routing.serve({"aaa": ""})
+    await until_settled(routing)
+    routing.serve({"aaa": "", "bbb": "next"})
+    assert routing.ready("aaa")
+    assert not routing.ready("bbb")
+    await until_settled(routing)
+    assert routing.status == routing.states()["aaa"]
+    asked = [
+        routing.route("completions", [{"prompt": "a"}], bundle=b) for b in (None, "aaa", "bbb")
+    ]
+    routes = [routes[0] for routes in await asyncio.gather(*asked)]
+    assert [route.expert for route in routes] == ["first", "first", "next"]
+    assert {route.by for route in routes} == {"student"}
+    routing.serve({"bbb": "next"})
+    assert places == ["", "next"]
+    assert list(routing.states()) == ["bbb"]
+    routing.close()
+
+
+async def test_what_the_student_is_not_sure_of_waits_for_the_embedder_alone() -> None:
+    fixed = Fixed("sure", unsure="hm")
+    routing = Routing(lambda _: LoadedRouter(fixed, "aaa"), retry_after_s=3)
+    routing.serve({"aaa": ""})
+    await until_settled(routing)
+    prompts = [{"prompt": text} for text in ("a", "hm", "b")]
+    routes = await routing.route("completions", prompts)
+    assert [route.by for route in routes] == ["student", "embedder", "student"]
+    assert fixed.embedded == ["hm"]
+    routing.close()
+
+
+async def test_a_queue_that_is_full_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gateway.routing.WAITING_REQUESTS", 2)
+    fixed = Fixed("sure", unsure="hm")
+    fixed.gate.clear()
+    routing = Routing(lambda _: LoadedRouter(fixed, "aaa"), retry_after_s=3)
+    routing.serve({"aaa": ""})
+    await until_settled(routing)
+    first = asyncio.create_task(routing.route("completions", [{"prompt": "hm"}]))
+    assert await asyncio.to_thread(fixed.begun.wait, 10)
+    waiting = [
+        asyncio.create_task(routing.route("completions", [{"prompt": "hm"}])) for _ in range(2)
+    ]
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError) as caught:
+        await routing.route("completions", [{"prompt": "hm"}])
+    assert caught.value.retry_after_s == 3
+    assert await routing.route("completions", [{"prompt": "sure of it"}])
+    fixed.gate.set()
+    assert all(await asyncio.gather(first, *waiting))
+    routing.close()
+
+
+async def test_a_router_that_cannot_be_loaded_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.gateway.routing.RETRY_FIRST_S", 0.01)
+    failures = [BundleError("away"), OSError("odd")]
+
+    def source(place: str) -> LoadedRouter:
+        if failures:
+            raise failures.pop(0)
+        return LoadedRouter(Fixed("sure"), "aaa")
+
+    routing = Routing(source, retry_after_s=3)
+    routing.serve({"aaa": ""})
+    await until(lambda: routing.ready("aaa"))
+    assert not failures
     routing.close()
 
 
@@ -221,7 +349,7 @@ async def test_from_text_to_the_right_engine(
 ) -> None:
     sport, law = make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [LAW])
     table = make_table(1, sport, law, bundle=loaded.bundle)
-    gateway = await start_gateway(table, router=lambda: loaded)
+    gateway = await start_gateway(table, router=lambda _: loaded)
     await gateway.until("/ready", lambda answer: answer["router"] == "ready")
     for texts in (SPORTS, LAWS):
         _, explained, _ = await gateway.post("/v1/route", {"input": texts[7]})
