@@ -235,7 +235,8 @@ class ServingConfig(Section):
     cpus_per_worker: PositiveInt = 1
     """Cores of a worker; on a CPU-only cluster its engine is pinned to them."""
     slots: PositiveInt | Auto = "auto"
-    """LoRA places in an engine (`--max-loras`); `auto`: as many as are pinned to the worker."""
+    """LoRA places in an engine (`--max-loras`); `auto`: as many as experts are placed on the worker
+    and up to 8 more, so that those of a new bundle answer beside the old while all are busy."""
     host_slots: PositiveInt | Auto = "auto"
     """Adapters that an engine keeps in host memory (`--max-cpu-loras`); `auto`: twice as many as
     are placed on the worker, so that a new version fits beside the old."""

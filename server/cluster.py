@@ -302,7 +302,7 @@ def describe(bundle: Bundle, config: RunConfig, base: BaseConfig) -> Deployment:
             path=str(bundle.place_of(entry).resolve()),
             rank=entry.rank,
             fingerprint=card.fingerprint,
-            source=bundle.expert(entry) if bundle.origin else None,
+            source=bundle.expert(entry),
         )
         experts.append(ServedExpert(entry.id, entry.version, entry.cluster, entry.mass, adapter))
     slots = config.serving.slots

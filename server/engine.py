@@ -1,37 +1,45 @@
-"""The engine: how vLLM's server is started, and how it is spoken to.
+"""The engine: how vLLM's server is started, with room for how many adapters of which rank.
 
-The only module that knows vLLM's flags, environment and routes; it imports nothing of it, since
-the engine is a child process. It does not know when an engine is started or given up: that is the
-supervisor's.
+The only module that knows vLLM's flags and environment (its routes: `server.engine_client`); it
+imports nothing of it, since the engine is a child process. It does not know when an engine is
+started or given up: that is the supervisor's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import aiohttp
 
 from configs.manifest import Fingerprint
 from configs.schema import BaseConfig, EngineArg, ServingConfig
 from expert_trainer.hashed import HashedDirectory
-from server.errors import EngineCallError, ServingConfigError
+from server.errors import ServingConfigError
 
 ENGINE = "vllm"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that `--max-lora-rank` takes."""
-OWN_FLAGS = frozenset({"model", "served-model-name", "host", "port", "enable-lora", "lora-modules"})
+SPARE_SLOTS = 8
+"""Slots at the most that are added to those of the experts placed (see `room_for`)."""
+OWN_FLAGS = frozenset(
+    {
+        "model",
+        "served-model-name",
+        "host",
+        "port",
+        "root-path",
+        "api-key",
+        "enable-lora",
+        "lora-modules",
+        "max-loras",
+        "max-cpu-loras",
+        "max-lora-rank",
+    }
+)
 """Flags that the control plane relies on, so that a config may not set them."""
-CALL_TIMEOUT_S = 120.0
-"""Longest that one load or probe may take."""
-PROBE_TEXT = "Hello"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,20 @@ class Adapter:
     rank: int
     fingerprint: Fingerprint
     source: HashedDirectory | None = None
-    """What is copied to `path` before the engine starts; none: it is there by itself."""
+    """Its files as they were published: copied to `path` if they lie behind a URL, and compared
+    with what is there before the engine sees it. None: nobody knows what they should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many adapters an engine has room for, fixed from its start to its end."""
+
+    slots: int
+    """Adapters on the device, which are as many as can be computed in one step."""
+    host_slots: int
+    """Adapters in host memory, at least as many; those on the device are among them."""
+    rank: int
+    """Highest rank of an adapter, one of `LORA_RANKS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +91,8 @@ class EngineCommand:
     """A process to start."""
 
     argv: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-    """Added to the environment of whoever starts it."""
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Added to the environment of whoever starts it; holds the engine's key."""
     cores: tuple[int, ...] = ()
     """Cores the process is confined to; empty: none in particular."""
 
@@ -81,17 +102,28 @@ def build_command(
     base: BaseConfig,
     serving: ServingConfig,
     devices: Devices,
-    adapters: Sequence[Adapter],
+    room: Room | None,
     host: str,
     port: int,
+    api_key: str | None = None,
 ) -> EngineCommand:
-    """The command that starts an engine with room for `adapters`.
+    """The command that starts an engine.
 
     The adapters are loaded over HTTP once it answers, one by one: named on the command line, a
     single damaged one would keep the whole engine from starting.
 
+    Args:
+        base: the model.
+        serving: limits and extra arguments.
+        devices: what it computes on.
+        room: for adapters; none: it serves the base alone, which is faster without that room.
+        host: address it listens on.
+        port: a free one.
+        api_key: what its callers must show on `/v1` routes; travels in the environment, for a
+            command line is there for everybody to read.
+
     Raises:
-        ServingConfigError: `serving.engine_args` sets a flag of ours, or a rank is too high.
+        ServingConfigError: `serving.engine_args` sets a flag of ours.
     """
     check_engine_args(serving)
     flags: dict[str, EngineArg] = {
@@ -103,7 +135,7 @@ def build_command(
         "trust-remote-code": base.trust_remote_code or None,
         "max-model-len": serving.max_model_len,
         "disable-uvicorn-access-log": True,
-        **_lora_flags(adapters, serving),
+        **(_lora_flags(room) if room else {}),
         **(_gpu_flags(base, serving, devices) if devices.gpus else _cpu_flags(base, devices)),
     }
     flags |= {_flag(name): value for name, value in serving.engine_args.items()}
@@ -114,6 +146,8 @@ def build_command(
         **({"HF_HUB_OFFLINE": "1"} if Path(base.model).is_dir() else {}),
         **({} if devices.gpus else _cpu_env(serving, devices)),
         **serving.engine_env,
+        # empty: none asked for, even if whoever started us has one in the environment
+        "VLLM_API_KEY": api_key or "",
     }
     argv = (sys.executable, "-m", SERVER_MODULE, *_render(flags))
     return EngineCommand(argv=argv, env=env, cores=devices.cores)
@@ -147,6 +181,27 @@ def accepted_rank(rank: int) -> int:
     )
 
 
+def room_for(adapters: Sequence[Adapter], serving: ServingConfig) -> Room | None:
+    """The room of an engine that starts with `adapters`; none if there are none.
+
+    With `auto` there are slots to spare, for an engine admits no request of another expert while
+    as many experts as it has slots are running: without them, experts that are all busy would keep
+    those of a new bundle from being verified and from answering. In host memory there is room for
+    all of them twice: an adapter that finds none there is read from the disk again in the middle
+    of a step, while all requests wait.
+    """
+    if not adapters:
+        return None
+    placed = len(adapters)
+    spare = min(placed, SPARE_SLOTS)
+    slots = placed + spare if serving.slots == "auto" else serving.slots
+    host = 2 * placed if serving.host_slots == "auto" else serving.host_slots
+    # one that no engine takes is refused by itself, and must not cost the others theirs
+    largest = min(max(adapter.rank for adapter in adapters), LORA_RANKS[-1])
+    rank = largest if serving.max_rank == "auto" else serving.max_rank
+    return Room(slots, max(host, slots), accepted_rank(rank))
+
+
 def fingerprint_distance(measured: Sequence[float], recorded: Sequence[float]) -> float:
     """Mean absolute difference, in nats; infinite for lists of different lengths."""
     if len(measured) != len(recorded) or not recorded:
@@ -154,125 +209,12 @@ def fingerprint_distance(measured: Sequence[float], recorded: Sequence[float]) -
     return sum(abs(a - b) for a, b in zip(measured, recorded, strict=True)) / len(recorded)
 
 
-class EngineClient:
-    """One engine's HTTP API, as far as the control plane needs it."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        """Speak to the engine at `url` through a session that the caller closes."""
-        self._session = session
-        self._url = url
-
-    async def healthy(self, timeout_s: float) -> bool:
-        """Whether the engine says, within `timeout_s`, that it is well."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        try:
-            async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
-
-    async def version(self) -> str:
-        """Engine and version, such as `vllm 0.32.0`."""
-        answer = await self._call("GET", "/version")
-        with _expected_shape("/version"):
-            return f"{ENGINE} {answer['version']}"
-
-    async def max_model_len(self) -> int | None:
-        """Context length in tokens, if the engine tells it."""
-        models = await self._call("GET", "/v1/models")
-        with _expected_shape("/v1/models"):
-            lengths = [model.get("max_model_len") for model in models["data"]]
-            return next((int(length) for length in lengths if length is not None), None)
-
-    async def load(self, adapter: Adapter) -> None:
-        """Load an adapter under its served name."""
-        body = {"lora_name": adapter.served_name, "lora_path": adapter.path}
-        await self._call("POST", "/v1/load_lora_adapter", body)
-
-    async def unload(self, served_name: str) -> None:
-        """Take an adapter out."""
-        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": served_name})
-
-    async def generate(self, model: str) -> None:
-        """Have `model` generate one token."""
-        await self._complete(model, PROBE_TEXT, {})
-
-    async def probe(self, model: str, token_ids: Sequence[int]) -> list[float]:
-        """Generate one token after `token_ids`; return the log-probabilities of these.
-
-        Returns:
-            Nats, one for each token after the first, given those before it.
-        """
-        choice = await self._complete(model, list(token_ids), {"prompt_logprobs": 0})
-        with _expected_shape("/v1/completions"):
-            # The first entry is null, each other maps the token's id to its log-probability.
-            rows = choice["prompt_logprobs"][1:]
-            return [
-                float(row[str(token)]["logprob"])
-                for row, token in zip(rows, token_ids[1:], strict=True)
-            ]
-
-    async def _complete(
-        self, model: str, prompt: str | list[int], extra: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **extra}
-        answer = await self._call("POST", "/v1/completions", body)
-        with _expected_shape("/v1/completions"):
-            if answer["usage"]["completion_tokens"] < 1:
-                raise EngineCallError(f"{model} generated nothing")
-            choice: dict[str, Any] = answer["choices"][0]
-            return choice
-
-    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One call; JSON answers are parsed, others come back as text.
-
-        Raises:
-            EngineCallError: no answer, or a refusal.
-        """
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        try:
-            async with self._session.request(
-                method, self._url + path, json=body, timeout=timeout
-            ) as response:
-                if response.status != 200:
-                    raise EngineCallError(_reason(await response.text()))
-                if response.content_type == "application/json":
-                    return await response.json()
-                return await response.text()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # no JSON, or no UTF-8
-            reason = str(error) or type(error).__name__
-            raise EngineCallError(f"no answer from the engine ({reason})") from None
-
-
-@contextmanager
-def _expected_shape(route: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise EngineCallError(
-            f"{route} answered in a shape unknown to this version ({type(error).__name__}: {error})"
-        ) from None
-
-
-def _reason(text: str) -> str:
-    """The first line of a refusal's message, or of its text if it has none."""
-    try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = text
-    lines = str(message).strip().splitlines()
-    return lines[0][:300] if lines else "refused without a reason"
-
-
-def _lora_flags(adapters: Sequence[Adapter], serving: ServingConfig) -> dict[str, EngineArg]:
-    if not adapters:
-        return {}
-    slots = len(adapters) if serving.slots == "auto" else serving.slots
+def _lora_flags(room: Room) -> dict[str, EngineArg]:
     return {
         "enable-lora": True,
-        "max-loras": slots,
-        "max-cpu-loras": max(slots, len(adapters)),
-        "max-lora-rank": accepted_rank(max(adapter.rank for adapter in adapters)),
+        "max-loras": room.slots,
+        "max-cpu-loras": room.host_slots,
+        "max-lora-rank": room.rank,
     }
 
 

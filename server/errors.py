@@ -62,6 +62,11 @@ class GatewayFailedError(ServerError):
 class EngineCallError(ServerError):
     """One HTTP call to an engine failed: no answer, or a refusal whose reason is the text."""
 
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        self.status = status
+        """Of the answer; none if there was none."""
+        super().__init__(reason)
+
 
 class WorkerLostError(ServerError):
     """A worker's actor is dead or cannot be reached; Ray starts it again."""

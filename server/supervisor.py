@@ -4,7 +4,8 @@
         └──────────┴────────┴──► failed (after `max_failed_starts` in a row; still tried, slowly)
 
 Ready means that a token has been generated with the base and with every expert listed, and that
-each expert answered as its fingerprint says.
+each expert answered as its fingerprint says. Told to serve other experts, an engine goes on: those
+are loaded beside the ones that it has (see `server.adapters`).
 
 Knows nothing of Ray, of placement, or of how the engine is called.
 """
@@ -14,20 +15,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 from configs.schema import ServingConfig
-from expert_trainer.errors import DamagedBundleError, StorageError
-from server.engine import Adapter, EngineClient, fingerprint_distance
+from expert_trainer.errors import StorageError
+from server.adapters import Adapters
+from server.engine import Adapter, EngineCommand, Room, room_for
+from server.engine_client import EngineClient
 from server.errors import EngineCallError, ServerError
-from server.process import CommandFor, EngineProcess
+from server.process import EngineProcess
 from server.table import WorkerEntry, WorkerState
 
 log = logging.getLogger(__name__)
+
+CommandFor = Callable[[Room | None, str, int], EngineCommand]
+"""Room for adapters, host and port to the command of an engine that listens there."""
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
@@ -45,7 +53,11 @@ class Identity:
 
 
 class _EngineLostError(Exception):
-    """The engine did not come up, or hung; the text says which."""
+    """The engine did not come up, ended or hung; the text says which."""
+
+
+class _EngineOutgrownError(Exception):
+    """The engine was started without room for adapters, and is to have some now."""
 
 
 class Supervisor:
@@ -60,6 +72,7 @@ class Supervisor:
         adapters: Sequence[Adapter],
         serving: ServingConfig,
         log_path: Path,
+        api_key: str | None = None,
     ) -> None:
         """Describe the engine; nothing is started yet.
 
@@ -70,20 +83,21 @@ class Supervisor:
             adapters: what it is to load and verify.
             serving: time limits and the fingerprint's tolerance.
             log_path: the engine's output is appended here.
+            api_key: what the engine asks of its callers.
         """
         self._identity = identity
         self._command_for = command_for
         self._base_name = base_name
-        self._adapters = tuple(adapters)
+        self._adapters = Adapters(adapters, serving)
         self._serving = serving
         self._log_path = log_path
+        self._api_key = api_key
         self._task: asyncio.Task[None] | None = None
         self._state: WorkerState = "starting"
         self._detail = "the engine is starting"
         self._process: EngineProcess | None = None
         self._engine = ""
-        self._experts: list[str] = []
-        self._damaged: dict[str, str] = {}
+        self._slots: int | None = None
         self._restarts = 0
         self._failed_starts = 0
         self.max_model_len: int | None = None
@@ -103,10 +117,16 @@ class Supervisor:
             devices=self._identity.devices,
             engine=self._engine,
             pid=self._process.pid if self._process else None,
-            experts=list(self._experts) if ready else [],
+            experts=self._adapters.verified if ready else [],
             restarts=self._restarts,
-            detail=self._detail,
+            detail=self._adapters.detail if ready else self._detail,
+            refused=self._adapters.refused,
+            slots=self._slots,
         )
+
+    def serve(self, adapters: Sequence[Adapter]) -> None:
+        """Serve these from now on: what is new is loaded and verified, what is gone unloaded."""
+        self._adapters.want(adapters)
 
     def start(self) -> None:
         """Start the engine and keep it alive, in a task of the running loop."""
@@ -139,10 +159,13 @@ class Supervisor:
 
     async def _run_once(self) -> None:
         """One life of the engine, from its start to the end of its last process."""
-        await self._fetch_adapters()
+        room = room_for(self._adapters.wanted, self._serving)
+        self._adapters.begin(room)
+        await self._adapters.fetch()
         process = await EngineProcess.start(
-            self._command_for, host=self._identity.node, log=self._log_path
+            partial(self._command_for, room), host=self._identity.node, log=self._log_path
         )
+        self._slots = room.slots if room else 0
         self._process = process
         try:
             await self._live_and_die(process)
@@ -150,33 +173,17 @@ class Supervisor:
             await process.stop()
             self._process = None
 
-    async def _fetch_adapters(self) -> None:
-        """Have every expert's files on this machine; copies that are there and intact stand.
-
-        Raises:
-            StorageError: the bundle cannot be reached, or the copies not be written.
-        """
-        self._damaged = dict(
-            fault for fault in await asyncio.gather(*map(_fetch, self._adapters)) if fault
-        )
-
     async def _live_and_die(self, process: EngineProcess) -> None:
         """Bring the engine up and watch it; note its loss as soon as that is known."""
         async with aiohttp.ClientSession() as session:
-            life = asyncio.create_task(self._live(EngineClient(session, process.url)))
-            ended = asyncio.create_task(process.ended())
+            client = EngineClient(session, process.url, self._api_key)
             try:
-                await asyncio.wait({life, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if ended.done():
-                    self._note_loss(self._epitaph(process, ended.result()))
-                else:
-                    await life
+                await _first_of(self._mourn(process), self._live(client))
             except _EngineLostError as lost:
                 self._note_loss(str(lost))
-            finally:
-                for task in (life, ended):
-                    task.cancel()
-                await asyncio.gather(life, ended, return_exceptions=True)
+            except _EngineOutgrownError as outgrown:
+                log.warning("%s: %s", self._identity.id, outgrown)
+                self._state, self._detail = "starting", str(outgrown)
 
     def _note_loss(self, reason: str) -> None:
         log.warning("%s: %s", self._identity.id, reason)
@@ -192,11 +199,16 @@ class Supervisor:
         else:
             self._detail = f"{reason}; it is being started again"
 
+    async def _mourn(self, process: EngineProcess) -> None:
+        how = await process.ended()
+        raise _EngineLostError(self._epitaph(process, how))
+
     async def _live(self, client: EngineClient) -> None:
         """Bring the engine up and watch it.
 
         Raises:
             _EngineLostError: it did not come up in time, or hung later.
+            _EngineOutgrownError: it has to be started anew.
         """
         await self._await_health(client)
         try:
@@ -205,12 +217,17 @@ class Supervisor:
             await client.generate(self._base_name)
         except EngineCallError as error:
             raise _EngineLostError(f"the engine does not answer for the base: {error}") from None
-        refusals = [reason for a in self._adapters if (reason := await self._admit(client, a))]
-        refused = {name for name, _ in refusals}
-        self._experts = [a.served_name for a in self._adapters if a.served_name not in refused]
-        self._detail = "; ".join(f"{name} refused: {reason}" for name, reason in refusals)
-        self._state = "ready"
-        await self._watch(client)
+        await _first_of(self._watch(client), self._follow(client))
+
+    async def _follow(self, client: EngineClient) -> None:
+        """Have the engine hold what is wanted; ready once all of that has been tried."""
+        while self._adapters.fits:
+            await self._adapters.settle(client)
+            self._state = "ready"
+            await self._adapters.changed()
+        raise _EngineOutgrownError(
+            "the engine was started without room for experts; it is started again with it"
+        )
 
     async def _await_health(self, client: EngineClient) -> None:
         limit = self._serving.startup_timeout_s
@@ -226,37 +243,8 @@ class Supervisor:
                 f"or see {self._log_path}"
             ) from None
 
-    async def _admit(self, client: EngineClient, adapter: Adapter) -> tuple[str, str] | None:
-        """Load an expert and verify it; its name and the reason if it is refused."""
-        name, fingerprint = adapter.served_name, adapter.fingerprint
-        if name in self._damaged:
-            return name, self._damaged[name]
-        try:
-            await client.load(adapter)
-            if not self._serving.verify_fingerprints:
-                await client.generate(name)
-                return None
-            measured = await client.probe(name, fingerprint.token_ids)
-        except EngineCallError as error:
-            return name, str(error)
-        distance = fingerprint_distance(measured, fingerprint.logprobs)
-        if distance <= self._serving.fingerprint_tolerance:
-            return None
-        await self._unload(client, name)
-        return name, (
-            f"it does not answer as it did when it was trained (log-probabilities differ by "
-            f"{distance:.3g} nats, {self._serving.fingerprint_tolerance:g} pass); "
-            "publish it again with `introvert train`"
-        )
-
-    async def _unload(self, client: EngineClient, name: str) -> None:
-        try:
-            await client.unload(name)
-        except EngineCallError as error:
-            log.warning("%s: %s cannot be unloaded: %s", self._identity.id, name, error)
-
     async def _watch(self, client: EngineClient) -> None:
-        """Look at a ready engine until it has been silent for too long.
+        """Look at an engine until it has been silent for too long.
 
         Raises:
             _EngineLostError: it hung.
@@ -279,15 +267,18 @@ class Supervisor:
         )
 
 
-async def _fetch(adapter: Adapter) -> tuple[str, str] | None:
-    """Copy an expert's files, off the event loop; its name and the fault if they are damaged."""
-    if adapter.source is None:
-        return None
+async def _first_of(*courses: Coroutine[Any, Any, None]) -> None:
+    """Run these until one ends, and end the others; raise what that one raised."""
+    tasks = [asyncio.ensure_future(course) for course in courses]
     try:
-        await asyncio.to_thread(adapter.source.fetch, Path(adapter.path))
-    except DamagedBundleError as error:
-        return adapter.served_name, str(error)
-    return None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+            raise outcome
 
 
 def _backoff(failed_starts: int) -> float:

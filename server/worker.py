@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.schema import BaseConfig, ServingConfig
-from server.engine import Adapter, Devices, EngineCommand, build_command
+from server.engine import Adapter, Devices, EngineCommand, Room, build_command
 from server.errors import WorkerLostError
 from server.supervisor import Identity, Supervisor
 from server.table import WorkerEntry
@@ -46,6 +45,8 @@ class EngineSettings:
     """`model` is a hub name or an absolute path."""
     serving: ServingConfig
     log_dir: Path
+    api_key: str | None = field(default=None, repr=False)
+    """What engines ask of their callers, on `/v1` routes; none: nothing."""
 
 
 class Worker:
@@ -70,22 +71,16 @@ class Worker:
     async def serve(self, adapters: Sequence[Adapter]) -> None:
         """Serve the base and these experts, in place of what was served before.
 
-        Told again what it serves already, it does nothing.
+        The engine goes on: what is new is loaded and verified in it, what is gone unloaded then.
+        The latest call wins, also while the one before is being carried out.
         """
         names = tuple(adapter.served_name for adapter in adapters)
         async with self._assigning:
-            if names == self._assigned:
-                return
-            await self.stop()
-            self._supervisor = Supervisor(
-                identity=self._identity,
-                command_for=partial(self._command, tuple(adapters)),
-                base_name=self._settings.base.served_name,
-                adapters=adapters,
-                serving=self._settings.serving,
-                log_path=self._settings.log_dir / f"{self._identity.id}.log",
-            )
-            self._supervisor.start()
+            if self._supervisor is None:
+                self._supervisor = self._supervise(adapters)
+                self._supervisor.start()
+            elif names != self._assigned:
+                self._supervisor.serve(adapters)
             self._assigned = names
 
     async def status(self) -> WorkerStatus:
@@ -101,14 +96,26 @@ class Worker:
             await self._supervisor.stop()
             self._supervisor = None
 
-    def _command(self, adapters: tuple[Adapter, ...], host: str, port: int) -> EngineCommand:
+    def _supervise(self, adapters: Sequence[Adapter]) -> Supervisor:
+        return Supervisor(
+            identity=self._identity,
+            command_for=self._command,
+            base_name=self._settings.base.served_name,
+            adapters=adapters,
+            serving=self._settings.serving,
+            log_path=self._settings.log_dir / f"{self._identity.id}.log",
+            api_key=self._settings.api_key,
+        )
+
+    def _command(self, room: Room | None, host: str, port: int) -> EngineCommand:
         return build_command(
             base=self._settings.base,
             serving=self._settings.serving,
             devices=self._devices,
-            adapters=adapters,
+            room=room,
             host=host,
             port=port,
+            api_key=self._settings.api_key,
         )
 
     def _idle(self) -> WorkerEntry:

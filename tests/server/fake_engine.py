@@ -3,12 +3,15 @@
     python fake_engine.py PORT [--behaviour KEY=VALUE …]
 
 The log-probabilities of a model are `logprob(model, position)`, so a test knows the right
-fingerprint of every adapter; an adapter directory that holds a file `as` answers as the adapter
-named in it, as one whose weights were swapped on disk would.
+fingerprint of every adapter; an adapter directory that holds a file `as.json` answers as the
+adapter named in it, as one whose weights were swapped on disk would. As in vLLM a name that is
+loaded cannot be loaded again, one that is not cannot be unloaded, a key in the environment guards
+`/v1` alone, and unloading forgets no more than the name.
 
 Behaviours: `die-at-start=1`, `hang-after=SECONDS` (health answers no more), `mute=MODEL` (it
 generates no token), `die-after=SECONDS`, `slow-start=SECONDS`, `garble=MODEL` (its
-log-probabilities come in a shape of their own).
+log-probabilities come in a shape of their own), `deadly=NAME` (loading it ends the process),
+`slow-load=SECONDS`, `stuck=NAME` (it cannot be unloaded).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 BASE = "fake-base"
 MAX_MODEL_LEN = 128
@@ -34,9 +38,11 @@ class FakeEngine:
         self.behaviour = behaviour
         self.born = time.monotonic()
         self.adapters: dict[str, str] = {}
+        self.calls: list[str] = []
+        """Loads and unloads, in order."""
 
     def app(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[_ask_for_key])
         app.add_routes(
             [
                 web.get("/health", self.health),
@@ -46,6 +52,7 @@ class FakeEngine:
                 web.post("/v1/unload_lora_adapter", self.unload),
                 web.post("/v1/completions", self.completions),
                 web.get("/environment", self.environment),
+                web.get("/calls", self.show_calls),
             ]
         )
         return app
@@ -62,6 +69,9 @@ class FakeEngine:
     async def environment(self, _: web.Request) -> web.Response:
         return web.json_response(dict(os.environ))
 
+    async def show_calls(self, _: web.Request) -> web.Response:
+        return web.json_response({"calls": self.calls})
+
     async def models(self, _: web.Request) -> web.Response:
         data = [{"id": BASE, "max_model_len": MAX_MODEL_LEN}]
         data += [{"id": name, "max_model_len": None} for name in self.adapters]
@@ -69,14 +79,26 @@ class FakeEngine:
 
     async def load(self, request: web.Request) -> web.Response:
         body = await request.json()
-        directory = Path(body["lora_path"])
+        name, directory = body["lora_name"], Path(body["lora_path"])
+        self.calls.append(f"load {name}")
+        if name == self.behaviour.get("deadly"):
+            os._exit(4)
+        if name in self.adapters:
+            return _refuse(400, f"The lora adapter '{name}' has already been loaded.")
+        await asyncio.sleep(float(self.behaviour.get("slow-load", "0")))
         if not _exists(directory):
             return _refuse(404, f"No adapter found for {body['lora_path']}")
-        self.adapters[body["lora_name"]] = _answers_as(directory) or body["lora_name"]
+        self.adapters[name] = _answers_as(directory) or name
         return web.Response(text="Success")
 
     async def unload(self, request: web.Request) -> web.Response:
-        self.adapters.pop((await request.json())["lora_name"])
+        name = (await request.json())["lora_name"]
+        self.calls.append(f"unload {name}")
+        if name == self.behaviour.get("stuck"):
+            return _refuse(500, "it will not go")
+        if name not in self.adapters:
+            return _refuse(404, f"The lora adapter '{name}' cannot be found.")
+        del self.adapters[name]
         return web.Response(text="Success")
 
     async def completions(self, request: web.Request) -> web.Response:
@@ -99,12 +121,21 @@ class FakeEngine:
         )
 
 
+@web.middleware
+async def _ask_for_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+    key = os.environ.get("VLLM_API_KEY")
+    shown = request.headers.get("Authorization")
+    if key and request.path.startswith("/v1") and shown != f"Bearer {key}":
+        return web.json_response({"error": "Unauthorized"}, status=401)
+    return await handler(request)
+
+
 def _exists(directory: Path) -> bool:
     return directory.is_dir()
 
 
 def _answers_as(directory: Path) -> str | None:
-    swapped = directory / "as"
+    swapped = directory / "as.json"
     return swapped.read_text() if swapped.is_file() else None
 
 

@@ -14,9 +14,11 @@ from server.engine import (
     Adapter,
     Devices,
     EngineCommand,
+    Room,
     accepted_rank,
     build_command,
     fingerprint_distance,
+    room_for,
 )
 from server.errors import ServingConfigError
 
@@ -36,14 +38,16 @@ def command(
     serving: ServingConfig | None = None,
     devices: Devices = CPU,
     ranks: tuple[int, ...] = (4, 8),
+    api_key: str | None = None,
 ) -> EngineCommand:
     return build_command(
         base=base or BaseConfig(model="org/model"),
         serving=serving or ServingConfig(),
         devices=devices,
-        adapters=adapters(*ranks),
+        room=room_for(adapters(*ranks), serving or ServingConfig()),
         host="127.0.0.1",
         port=20001,
+        api_key=api_key,
     )
 
 
@@ -82,12 +86,37 @@ def test_a_gpu_engine_spans_its_gpus() -> None:
     assert made.cores == ()
 
 
-def test_slots_follow_the_experts_or_the_config() -> None:
-    assert value(command(ranks=(4, 4, 4)), "--max-loras") == "3"
-    fewer = command(serving=ServingConfig(slots=2), ranks=(4, 4, 4))
-    assert (value(fewer, "--max-loras"), value(fewer, "--max-cpu-loras")) == ("2", "3")
-    more = command(serving=ServingConfig(slots=5), ranks=(4,))
-    assert (value(more, "--max-loras"), value(more, "--max-cpu-loras")) == ("5", "5")
+@pytest.mark.parametrize(
+    ("serving", "ranks", "expected"),
+    [
+        ({}, (4, 4, 4), Room(slots=6, host_slots=6, rank=8)),
+        ({}, (4,) * 20, Room(slots=28, host_slots=40, rank=8)),
+        ({"slots": 2}, (4, 4, 4), Room(slots=2, host_slots=6, rank=8)),
+        ({"slots": 5}, (4,), Room(slots=5, host_slots=5, rank=8)),
+        ({"slots": 2, "host_slots": 3}, (4, 4, 4), Room(slots=2, host_slots=3, rank=8)),
+        ({"max_rank": 33}, (4,), Room(slots=2, host_slots=2, rank=64)),
+        ({}, (4, 9), Room(slots=4, host_slots=4, rank=16)),
+        ({}, (4, 1000), Room(slots=4, host_slots=4, rank=512)),
+    ],
+)
+def test_room_follows_the_experts_or_the_config(
+    serving: dict[str, object], ranks: tuple[int, ...], expected: Room
+) -> None:
+    assert room_for(adapters(*ranks), ServingConfig.model_validate(serving)) == expected
+
+
+def test_room_becomes_flags() -> None:
+    made = command(serving=ServingConfig(slots=2), ranks=(4, 4, 4))
+    flags = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
+    assert [value(made, flag) for flag in flags] == ["2", "6", "8"]
+    assert "--enable-lora" in made.argv
+
+
+def test_the_key_travels_in_the_environment_and_is_shown_nowhere() -> None:
+    made = command(serving=ServingConfig(engine_env={"VLLM_API_KEY": "other"}), api_key="sesame")
+    assert made.env["VLLM_API_KEY"] == "sesame"
+    assert "sesame" not in " ".join(made.argv) + repr(made)
+    assert command().env["VLLM_API_KEY"] == "", "a key of the environment is not ours"
 
 
 def test_without_experts_there_is_no_lora() -> None:
@@ -135,7 +164,7 @@ def test_extra_arguments_win_and_none_takes_one_out() -> None:
     assert made.env["OMP_NUM_THREADS"] == "9"
 
 
-@pytest.mark.parametrize("name", ["port", "--host", "served_model_name"])
+@pytest.mark.parametrize("name", ["port", "--host", "served_model_name", "max_loras"])
 def test_arguments_that_the_control_plane_relies_on_are_refused(name: str) -> None:
     with pytest.raises(ServingConfigError, match="remove it"):
         command(serving=ServingConfig(engine_args={name: "1"}))

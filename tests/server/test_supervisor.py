@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +22,14 @@ from configs.manifest import FileEntry, Fingerprint
 from configs.schema import ServingConfig
 from expert_trainer.hashed import HashedDirectory
 from expert_trainer.storage import Storage
-from server.engine import Adapter, EngineClient, EngineCommand
+from server.engine import Adapter, EngineCommand, Room
+from server.engine_client import EngineClient
 from server.supervisor import Identity, Supervisor
 from server.table import WorkerEntry
 
 FAKE = Path(__file__).parent / "fake_engine.py"
 PROBE = [3, 1, 4, 1, 5]
+KEY = "sesame"
 
 
 def _load(path: Path) -> ModuleType:
@@ -47,7 +49,7 @@ def adapter(tmp_path: Path, number: int, *, answers_as: str | None = None) -> Ad
     directory = tmp_path / name
     directory.mkdir()
     if answers_as:
-        (directory / "as").write_text(answers_as)
+        (directory / "as.json").write_text(answers_as)
     logprobs = [fake.logprob(name, place) for place in range(1, len(PROBE))]
     return Adapter(name, str(directory), 8, Fingerprint(token_ids=PROBE, logprobs=logprobs))
 
@@ -59,15 +61,17 @@ class Fixture:
         self.tmp_path = tmp_path
         self.behaviours: list[str] = []
         self.starts = 0
+        self.rooms: list[Room | None] = []
         self.made: list[Supervisor] = []
 
-    def command(self, host: str, port: int) -> EngineCommand:
+    def command(self, room: Room | None, host: str, port: int) -> EngineCommand:
         self.starts += 1
+        self.rooms.append(room)
         argv = (sys.executable, str(FAKE), str(port), *self.behaviours)
-        return EngineCommand(argv=argv, env={"FAKE_MARK": "42"})
+        return EngineCommand(argv=argv, env={"FAKE_MARK": "42", "VLLM_API_KEY": KEY})
 
     def __call__(
-        self, *behaviours: str, adapters: list[Adapter] | None = None, **serving: object
+        self, *behaviours: str, adapters: Sequence[Adapter] = (), **serving: object
     ) -> Supervisor:
         self.behaviours = list(behaviours)
         limits = {"health_interval_s": 0.05, "startup_timeout_s": 20.0, "hang_timeout_s": 0.5}
@@ -75,9 +79,10 @@ class Fixture:
             identity=Identity("worker-0", "127.0.0.1", "cores:0"),
             command_for=self.command,
             base_name=fake.BASE,
-            adapters=adapters or [],
+            adapters=adapters,
             serving=ServingConfig.model_validate({**limits, **serving}),
             log_path=self.tmp_path / "logs" / "worker-0.log",
+            api_key=KEY,
         )
         self.made.append(supervisor)
         supervisor.start()
@@ -105,7 +110,8 @@ async def until(
 
 
 async def get(url: str) -> dict[str, Any]:
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         answer: dict[str, Any] = await response.json()
         return answer
 
@@ -208,7 +214,7 @@ async def test_an_engine_too_slow_to_start_is_given_up(supervise: Fixture) -> No
 async def test_a_command_that_cannot_run_is_a_failed_start(
     supervise: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    supervise.command = lambda host, port: EngineCommand(("no-such-engine",))  # type: ignore[method-assign]
+    supervise.command = lambda *_: EngineCommand(("no-such-engine",))  # type: ignore[method-assign]
     supervisor = supervise(max_failed_starts=1)
     entry = await until(supervisor, lambda entry: entry.state == "failed")
     assert "no-such-engine: No such file or directory" in entry.detail
@@ -228,6 +234,31 @@ async def test_an_adapter_that_answers_as_another_is_refused_and_named(
     assert served == {fake.BASE, right.served_name}
 
 
+async def test_another_set_is_served_by_the_running_engine(
+    supervise: Fixture, tmp_path: Path
+) -> None:
+    old, kept, new = (adapter(tmp_path, number) for number in (1, 2, 3))
+    swapped = adapter(tmp_path, 4, answers_as=old.served_name)
+    supervisor = supervise(adapters=[old, kept])
+    before = await until(supervisor, is_ready)
+    supervisor.serve([kept, swapped, new])
+    names = [kept.served_name, new.served_name]
+    entry = await until(supervisor, lambda entry: entry.experts == names)
+    assert list(entry.refused) == [swapped.served_name]
+    assert entry.detail == f"{swapped.served_name} refused: {entry.refused[swapped.served_name]}"
+    assert (entry.pid, entry.restarts, entry.state) == (before.pid, 0, "ready")
+    assert supervise.starts == 1
+    calls = (await get(f"{entry.url}/calls"))["calls"]
+    assert calls[2:] == [
+        f"load {swapped.served_name}",
+        f"unload {swapped.served_name}",
+        f"load {new.served_name}",
+        f"unload {old.served_name}",
+    ]
+    models = await get(f"{entry.url}/v1/models")
+    assert {model["id"] for model in models["data"]} == {fake.BASE, *names}
+
+
 async def test_fingerprints_can_be_left_unchecked(supervise: Fixture, tmp_path: Path) -> None:
     swapped = adapter(tmp_path, 2, answers_as="another")
     supervisor = supervise(adapters=[swapped], verify_fingerprints=False)
@@ -243,16 +274,17 @@ async def test_an_adapter_that_cannot_be_loaded_is_refused_alone(
     supervisor = supervise(adapters=[gone, right])
     entry = await until(supervisor, is_ready)
     assert entry.experts == [right.served_name]
-    assert "No adapter found" in entry.detail
+    assert entry.detail == f"{gone.served_name} refused: {entry.refused[gone.served_name]}"
+    assert "nowhere is gone" in entry.detail
 
 
 def behind_url(tmp_path: Path, url: str, number: int) -> Adapter:
     """An adapter that is not on this machine yet."""
     local = adapter(tmp_path, number)
     directory = Storage(url) / local.served_name
-    directory.write("weights", local.served_name.encode())
+    directory.write("weights.safetensors", local.served_name.encode())
     digest = hashlib.sha256(local.served_name.encode()).hexdigest()
-    files = (FileEntry(path="weights", sha256=digest, bytes=len(local.served_name)),)
+    files = (FileEntry(path="weights.safetensors", sha256=digest, bytes=len(local.served_name)),)
     copy = tmp_path / "copies" / local.served_name
     return dataclasses.replace(local, path=str(copy), source=HashedDirectory(directory, files))
 
@@ -262,13 +294,13 @@ async def test_adapters_behind_a_url_are_copied_before_they_are_loaded(
 ) -> None:
     right, damaged = (behind_url(tmp_path, ftp_url, number) for number in (1, 2))
     assert damaged.source
-    damaged.source.place.write("weights", b"something else")
+    damaged.source.place.write("weights.safetensors", b"something else")
     supervisor = supervise(adapters=[damaged, right])
     entry = await until(supervisor, is_ready)
     assert entry.experts == [right.served_name]
     assert f"{damaged.served_name} refused: ftp://introvert:***@" in entry.detail
     assert "open-sesame" not in entry.detail
-    assert (Path(right.path) / "weights").read_text() == right.served_name
+    assert (Path(right.path) / "weights.safetensors").read_text() == right.served_name
     assert damaged.served_name not in [copy.name for copy in (tmp_path / "copies").iterdir()]
 
 
