@@ -8,6 +8,7 @@ IntrovertError
     ├── EngineFailedError     a worker's engine does not start
     ├── NotReadyError         the workers were not ready in the time given
     ├── GatewayFailedError    the gateway process does not start
+    ├── KeysError             the file of API keys cannot be read, used or written
     ├── EngineCallError       an engine refused or did not answer one call; the supervisor's own
     ├── WorkerLostError       a worker's actor is dead or unreachable; the controller's own
     └── NotBegunError         the controller was started again and waits for its task; the driver's
@@ -57,6 +58,12 @@ class NotReadyError(ServerError):
 
 class GatewayFailedError(ServerError):
     """The gateway process ended before it answered."""
+
+
+class KeysError(ServerError):
+    """The file of API keys is not there, says something wrong, or cannot be written."""
+
+    exit_code = 2
 
 
 class EngineCallError(ServerError):

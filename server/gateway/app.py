@@ -30,9 +30,10 @@ from server.gateway.errors import (
 )
 from server.gateway.forward import Exchange
 from server.gateway.own import own_routes
-from server.gateway.parts import Parts
+from server.gateway.parts import ALONE, Parts
 from server.gateway.protocol import ENDPOINTS, Endpoint
 from server.gateway.routing import RouterSource
+from server.gateway.seat import Seat
 from server.gateway.tables import TableSource
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,10 @@ ANSWER_HEADERS = {
 
 
 def create_app(
-    config: RunConfig, table_source: TableSource, router_source: RouterSource
+    config: RunConfig,
+    table_source: TableSource,
+    router_source: RouterSource,
+    seat: Seat = ALONE,
 ) -> FastAPI:
     """The gateway as an ASGI application.
 
@@ -56,8 +60,12 @@ def create_app(
         config: the run; `gateway` and `seed` are what is read of it.
         table_source: hands out routing tables for as long as the application lives.
         router_source: loads the router; called once, in a thread.
+        seat: the process' place among several.
+
+    Raises:
+        KeysError: the file of API keys cannot be used.
     """
-    parts = Parts.make(config, router_source)
+    parts = Parts.make(config, router_source, seat)
     app = FastAPI(
         title="Introvert",
         version=package_version("introvert"),
@@ -134,12 +142,16 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await parts.upstream.start()
-        following = asyncio.create_task(_follow(parts, table_source))
+        tasks = [
+            asyncio.create_task(_follow(parts, table_source)),
+            asyncio.create_task(parts.keyring.follow()),
+        ]
         try:
             yield
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             parts.routing.close()
             await parts.upstream.close()
 

@@ -6,7 +6,7 @@ Metrics, logs and traces are made from it; it knows none of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDict
 
@@ -56,7 +56,9 @@ class Observation:
     """As the engine's answer says; none where it does not."""
     output_tokens: int | None = None
     trace_headers: CIMultiDict[str] = field(default_factory=CIMultiDict)
-    """The caller's `traceparent` and `tracestate`."""
+    """The caller's `traceparent` and `tracestate`; for the engine once `began` has been told."""
+    trace: Any = None
+    """Whatever a recorder keeps of it between its beginning and its end."""
 
 
 class Recorder(Protocol):
