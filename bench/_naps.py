@@ -13,6 +13,7 @@ from typing import Any
 from configs.schema import RunConfig
 from expert_trainer.job import Job, JobItem, Outcome
 from expert_trainer.trainer import MakeBench
+from expert_trainer.workbench import Stopwatch
 
 POLL_S = 0.05
 LONGEST_START_S = 300.0
@@ -50,25 +51,12 @@ class Nap:
         yield Outcome(self.id, (begin, end))
 
 
-class Watch:
-    """Adds up seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._begin
-
-
 class Bed:
     """Stands in for the workbench; ready when all are, so that the jobs find all actors there."""
 
     def __init__(self, config: RunConfig, directory: Path, actors: int) -> None:
         self.base = SimpleNamespace(device="cpu")
-        self.computing = Watch()
+        self.computing = Stopwatch()
         (directory / str(time.time_ns())).touch()
         deadline = time.monotonic() + LONGEST_START_S
         while len(list(directory.iterdir())) < actors and time.monotonic() < deadline:
