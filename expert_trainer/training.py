@@ -19,7 +19,7 @@ from expert_trainer.base import base_digest as digest_of
 from expert_trainer.base import tokenizer_digest
 from expert_trainer.bundle import Bundle, ExpertDraft, open_published, publish, router_version
 from expert_trainer.cohort import Cohort
-from expert_trainer.cohorts import auto_fused, group
+from expert_trainer.cohort_plan import auto_fused, group
 from expert_trainer.errors import ExpertError, NotPublishedError, StaleBundleError
 from expert_trainer.expert import Result, TrainJob, seed_of
 from expert_trainer.fitting import ROUTER_DIR, FitSummary, FittedCluster, ensure_fit
