@@ -46,8 +46,8 @@ class Cohort:
     """Where the checkpoint lies while the cohort is trained."""
     checkpoint_s: float
     """Seconds between two checkpoints; 0: none."""
-    origin: str | None = None
-    """Digest of the cohort that this one is a part of, from whose checkpoint it may go on."""
+    origin: Cohort | None = None
+    """The cohort that this one is a part of, from whose checkpoint it may go on."""
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Cohort:
     def only(self, members: Sequence[str]) -> Cohort:
         """Some of the members; they go on from the whole cohort's checkpoint."""
         jobs = tuple(job for job in self.jobs if job.id in members)
-        return replace(self, jobs=jobs, origin=self.origin or self.digest)
+        return replace(self, jobs=jobs, origin=self)
 
     def read(self, bench: Workbench) -> dict[str, Reading]:
         """The members' documents; may be called while another job computes."""
@@ -92,7 +92,7 @@ class Cohort:
             else:
                 running.append(item)
         yield from self._train(bench, running)
-        self._file.remove()
+        self._clear()
 
     def _prepare(
         self, bench: Workbench, data: Mapping[str, Reading]
@@ -144,8 +144,14 @@ class Cohort:
         """Where an earlier run has left the members."""
         saved = self._file.read()
         if not saved and self.origin is not None:
-            saved = replace(self._file, digest=self.origin).read()
+            saved = self.origin._saved()
         return saved
+
+    def _clear(self) -> None:
+        """Take away the checkpoint, and that of the whole where this was the last part of it."""
+        self._file.remove()
+        if self.origin is not None and all(job.finished() for job in self.origin.jobs):
+            self.origin._clear()
 
     def _write(self, running: Sequence[Member]) -> float:
         """Write a checkpoint, if any are wanted; returns the time."""

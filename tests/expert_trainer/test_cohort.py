@@ -198,10 +198,28 @@ def test_a_part_goes_on_from_the_whole_cohorts_checkpoint(make_room: MakeRoom) -
     cut_off(room, cohort, 8)
     part = cohort.only(["expert-0001"])
     assert part.members == ("expert-0001",)
-    assert part.only(["expert-0001"]).origin == cohort.digest
     items = list(room.run(part))
     assert next(item.step for item in items if isinstance(item, StepTaken)) == 4
     assert results(items).keys() == {"expert-0001"}
+    assert cohort.checkpoints.names() == [f"{cohort.digest}.safetensors"], "the other needs it"
+    items = list(room.run(cohort.only(["expert-0000"])))
+    assert next(item.step for item in items if isinstance(item, StepTaken)) == 4
+    assert cohort.checkpoints.names() == [], "the last part leaves nothing of the whole"
+
+
+def test_the_parts_of_a_part_leave_nothing(make_room: MakeRoom) -> None:
+    room = make_room()
+    cohort = room.cohort(*(room.job(topic, 6) for topic in TOPICS), checkpoint_s=1e-9)
+    cut_off(room, cohort, 6)
+    pair = cohort.only(["expert-0000", "expert-0001"])
+    cut_off(room, pair, 4)
+    firsts = []
+    for member in cohort.members:
+        part = (pair if member in pair.members else cohort).only([member])
+        firsts.append(next(i.step for i in room.run(part) if isinstance(i, StepTaken)))
+        list(room.run(part))
+    assert firsts == [3, 3, 2], "each from the last checkpoint that it was in"
+    assert cohort.checkpoints.names() == []
 
 
 def test_finished_members_are_not_trained_again(make_room: MakeRoom) -> None:
