@@ -10,11 +10,11 @@ TrainerError                configs.errors.IntrovertError
 │   └── PlaceError          one that the run needs, found out before any work
 ├── RunningError            another process is at work in the run's directory
 ├── NotFittedError          `introvert fit` has not been run on this config and data
+├── UnknownExpertError      an expert was asked for that there is not
 └── BundleError             a bundle that cannot be written or read
     ├── NotPublishedError   there is no manifest
     ├── DamagedBundleError  a file is missing, unknown or not what the manifest says
-    ├── StaleBundleError    it was made from another base or fit than the run's
-    └── UnknownExpertError  an expert was asked for that it does not have
+    └── StaleBundleError    it was made from another base or fit than the run's
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ class NotFittedError(TrainerError):
     """The router and shards are missing, or belong to another config or other data."""
 
 
+class UnknownExpertError(TrainerError):
+    """An expert was asked for that the bundle, or the fit, does not have."""
+
+    exit_code = 2
+
+
 class BundleError(TrainerError):
     """A bundle that cannot be written or read."""
 
@@ -80,12 +86,6 @@ class DamagedBundleError(BundleError):
 
 class StaleBundleError(BundleError):
     """A bundle that was made from another base or fit than the run's."""
-
-
-class UnknownExpertError(BundleError):
-    """An expert was asked for that the bundle does not have."""
-
-    exit_code = 2
 
 
 def describe(error: Exception) -> str:

@@ -96,7 +96,11 @@ _NOTHING = _Addition((), ())
 
 
 def add_documents(
-    config: RunConfig, sources: Sequence[str], on_progress: OnProgress = ignore
+    config: RunConfig,
+    sources: Sequence[str],
+    on_progress: OnProgress = ignore,
+    *,
+    fit: FitSummary | None = None,
 ) -> Growth:
     """Route new documents and add them to their clusters.
 
@@ -109,6 +113,7 @@ def add_documents(
         config: a run that has been fitted.
         sources: paths, globs, URLs or hub data sets, as in `data.train`.
         on_progress: told each stage's name, done and total.
+        fit: the fit of this config and data, where the caller has just read it.
 
     Raises:
         NotFittedError: there is no fit of this config and data.
@@ -116,7 +121,7 @@ def add_documents(
         ExpertError: a shard is missing or was changed after the fit.
         StorageError: a file cannot be read or written.
     """
-    fit = read_fit(config)
+    fit = read_fit(config) if fit is None else fit
     work = Storage(config.bundle.work)
     _clean(work, fit)
     with scratch_directory(config.bundle.scratch) as scratch:

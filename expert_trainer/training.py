@@ -20,7 +20,12 @@ from expert_trainer.base import tokenizer_digest
 from expert_trainer.bundle import Bundle, ExpertDraft, open_published, publish, router_version
 from expert_trainer.cohort import Cohort
 from expert_trainer.cohort_plan import auto_fused, group
-from expert_trainer.errors import ExpertError, NotPublishedError, StaleBundleError
+from expert_trainer.errors import (
+    ExpertError,
+    NotPublishedError,
+    StaleBundleError,
+    UnknownExpertError,
+)
 from expert_trainer.expert import Result, TrainJob, seed_of
 from expert_trainer.fitting import ROUTER_DIR, FitSummary, FittedCluster, ensure_fit
 from expert_trainer.gate import judge
@@ -93,6 +98,7 @@ def train(
     *,
     only: Sequence[str] = (),
     add_data: Sequence[str] = (),
+    fit: FitSummary | None = None,
     on_progress: OnProgress = ignore,
 ) -> TrainSummary:
     """Train every expert that is not finished yet and publish the bundle.
@@ -107,24 +113,27 @@ def train(
         only: ids of the experts to train, even if they are finished; all others stay as they are.
         add_data: sources of documents to add to the clusters nearest to them; the experts of those
             that grow enough are trained again, all others stay as they are.
+        fit: what `ensure_fit` has just returned for this config, where the caller has asked it
+            already: whether a fit is of this data is found out by reading all of it.
         on_progress: told the stages of a fit.
 
     Raises:
         PlaceError: the bundle's or the working directory cannot be written to.
         RunningError: another process trains or fits in the same directory.
-        ExpertError: no expert at all could be trained, or `only` names one that there is not.
+        ExpertError: no expert at all could be trained.
+        UnknownExpertError: `only` names one that there is not.
         StaleBundleError: `only` or `add_data`, and the bundle is of another base or fit.
         TrainerError: what keeps the whole run from starting.
     """
     begin = time.perf_counter()
     require_places(config.bundle)
     with run_lock(config.bundle):
-        fit = ensure_fit(config, on_progress)
+        fit = ensure_fit(config, on_progress) if fit is None else fit
         base = base_entry(config)
         before = _published(config, base) if only or add_data else None
         selection = _Selection(None, anew=False)
         if add_data:
-            growth = add_documents(config, add_data, on_progress)
+            growth = add_documents(config, add_data, on_progress, fit=fit)
             fit = growth.fit
             if before is not None:
                 selection = _Selection(_outgrown(before, fit, growth), anew=False)
@@ -353,7 +362,7 @@ def _published(config: RunConfig, base: BaseEntry) -> Bundle | None:
 def _known(experts: Sequence[str], fit: FitSummary) -> frozenset[str]:
     there = [cluster.expert for cluster in fit.clusters if cluster.tokens]
     if unknown := sorted(set(experts).difference(there)):
-        raise ExpertError(
+        raise UnknownExpertError(
             f"there is no cluster for {', '.join(unknown)}; the experts are {there[0]} to "
             f"{there[-1]}, see `introvert experts list`"
         )

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     check_report(options.report)
     with run_lock(config.bundle):
         with StageBar() as stages:
-            ensure_fit(config, stages)
+            fit = ensure_fit(config, stages)
         with TensorBoard(run_directory(config.bundle.scratch)) as board, TrainingView() as view:
 
             def listen(event: TrainEvent) -> None:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
                 if isinstance(event, ExpertFinished) and not results().isatty():
                     say(event.card.model_dump_json())
 
-            summary = train(config, listen, only=options.only, add_data=options.add_data)
+            summary = train(config, listen, only=options.only, add_data=options.add_data, fit=fit)
     note(describe(summary, list(view.state.cards.values()), view.state))
     note(f"bundle {summary.version} in {summary.bundle}")
     write_report(options.report, summary.model_dump(mode="json"))

@@ -117,7 +117,7 @@ def _train(config: RunConfig, stages: Stages) -> bool:
         fit = ensure_fit(config, stage_bar)
         note(f"  {fit.documents:,} documents in {len(fit.clusters)} clusters")
     with stages.timed("experts"), TrainingView() as view:
-        summary = train(config, view)
+        summary = train(config, view, fit=fit)
     note(
         f"  bundle {summary.version}: {len(summary.admitted)} experts admitted, "
         f"{len(summary.held_back)} held back"

@@ -18,12 +18,12 @@ from configs.schema import BundleConfig, RunConfig
 from expert_trainer.bundle import open_bundle, open_published
 from expert_trainer.errors import (
     BaseModelError,
-    ExpertError,
     NotPublishedError,
     StaleBundleError,
+    UnknownExpertError,
 )
 from expert_trainer.evaluation import evaluate
-from expert_trainer.fitting import fit
+from expert_trainer.fitting import fit, read_fit
 from expert_trainer.runtime import ray_session
 from expert_trainer.storage import Storage
 from expert_trainer.training import expert_jobs, train
@@ -207,8 +207,9 @@ def test_one_expert_is_trained_again_and_the_others_stay_byte_for_byte(
     cards = {c.id: c for c in cards_of(config)}
     assert [cards[name].learning_rate for name in ALL] == [1e-2, 2e-2, 1e-2]
 
-    with pytest.raises(ExpertError, match="no cluster for expert-0007"):
+    with pytest.raises(UnknownExpertError, match="no cluster for expert-0007") as unknown:
         train(config, only=["expert-0007"])
+    assert unknown.value.exit_code == 2
     with pytest.raises(StaleBundleError, match="without --only"):
         train(reseeded(config), only=["expert-0001"])
 
@@ -226,7 +227,7 @@ def cards_of(config: RunConfig) -> list[ExpertCard]:
 
 
 def test_new_documents_retrain_the_experts_that_gain_enough(
-    make_config: Callable[..., RunConfig], tmp_path: Path
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tokens_per_expert=500, retrain_growth=0.3)
     first = train(config)
@@ -248,9 +249,16 @@ def test_new_documents_retrain_the_experts_that_gain_enough(
     assert sum(e.mass for e in open_bundle(config.bundle.path).manifest.experts) == (
         pytest.approx(1)
     )
-    # the same file once more, and a plain run, find nothing to do
-    assert train(config, add_data=[str(many)]).trained == []
+    # the same file once more, and a plain run, find nothing to do; whoever has a fit in hand
+    # hands it on, and the corpus is not read again to find out whose it is
     assert train(config).trained == []
+    summary = read_fit(config)
+    monkeypatch.setattr("expert_trainer.fitting.fit_digest", no_digest)
+    assert train(config, add_data=[str(many)], fit=summary).trained == []
+
+
+def no_digest(config: RunConfig) -> str:
+    raise AssertionError("the corpus is read again")
 
 
 def rows(topic: str, count: int) -> list[dict[str, str]]:
