@@ -1,0 +1,17 @@
+"""Experts to workers. Pure: demands and capacities in, homes out.
+
+Knows nothing of Ray, of engines, or of where the measured mass comes from.
+"""
+
+from server.placement.plan import plan_placement, replan
+from server.placement.types import ExpertDemand, Placement, Policy, WorkerCapacity, moved
+
+__all__ = [
+    "ExpertDemand",
+    "Placement",
+    "Policy",
+    "WorkerCapacity",
+    "moved",
+    "plan_placement",
+    "replan",
+]
