@@ -3,13 +3,15 @@
 Prints one line of JSON on standard output: the URL once it listens, or why it cannot. Ends when
 its standard input closes, since then the process that started it is gone, and on SIGTERM or SIGINT;
 running requests get `gateway.drain_timeout_s` to finish.
+
+One of several gets its socket from the driver (`--listen-fd`) and has a Unix socket besides.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
+import contextlib
 import json
 import logging
 import math
@@ -18,26 +20,29 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from configs.errors import IntrovertError
 from configs.schema import GatewayConfig, RunConfig
-from server.errors import PortTakenError
 from server.gateway.app import create_app
 from server.gateway.errors import GatewayStartError
+from server.gateway.heads import protocol_for
 from server.gateway.logs import log_to_stderr
 from server.gateway.routing import router_from_bundle
+from server.gateway.seat import Seat
 from server.gateway.tables import TableFile
+from server.sockets import BACKLOG, listen, listen_at, url_of
+from server.table import ENGINE_KEY_FILE, GATEWAY_SOCKET
 
 logger = logging.getLogger("server.gateway")
 
-BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than common clients keep an idle connection, so that it is they who close it: otherwise
 a request could be sent into a connection that is being closed here."""
@@ -49,30 +54,22 @@ def main() -> int:
     log_to_stderr()
     try:
         config = _read_config(arguments.config)
-        listening = listen(config.gateway)
+        seat = _seat(arguments)
+        listening, inside = _listen(config.gateway, arguments.listen_fd, seat)
+        app = create_app(
+            config, TableFile(arguments.table), partial(router_from_bundle, config), seat
+        )
     except IntrovertError as error:
         logger.error("%s", error)
         _tell({"error": str(error)})
         return error.exit_code
-    app = create_app(config, TableFile(arguments.table), partial(router_from_bundle, config))
-    server = Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(config.gateway.drain_timeout_s),
-        ),
-        url=url_of(config.gateway.host, listening),
-    )
+    server = Server(_settings(app, config.gateway), url=url_of(config.gateway.host, listening))
+    internal = None
+    if inside is not None:
+        settings = _settings(app.state.internal, config.gateway, lifespan="off")
+        internal = InternalServer(settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(server, listening))
+        return runner.run(serve(server, listening, internal, inside))
 
 
 class Server(uvicorn.Server):
@@ -81,16 +78,35 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, url: str) -> None:
         super().__init__(config)
         self._url = url
+        self.listens = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
         if self.started:
-            logger.info("listening on %s", self._url)
-            _tell({"url": self._url})
+            self.listens.set()
+
+    def tell(self) -> None:
+        """Say where it listens."""
+        logger.info("listening on %s", self._url)
+        _tell({"url": self._url})
 
 
-async def serve(server: Server, listening: socket.socket) -> int:
+class InternalServer(uvicorn.Server):
+    """The server on the Unix socket, which leaves the signals to the other one."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+async def serve(
+    server: Server,
+    listening: socket.socket,
+    internal: InternalServer | None = None,
+    inside: socket.socket | None = None,
+) -> int:
     """Serve until a signal comes or standard input closes."""
     loop = asyncio.get_running_loop()
 
@@ -102,48 +118,86 @@ async def serve(server: Server, listening: socket.socket) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     threading.Thread(target=_await_end_of_input, args=(loop, end), daemon=True).start()
-    await server.serve(sockets=[listening])
+    beside = asyncio.create_task(_serve_inside(server, internal, inside))
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        if internal is not None:
+            internal.should_exit = True
+        if not server.listens.is_set():
+            beside.cancel()
+        await asyncio.gather(beside, return_exceptions=True)
     return 0 if server.started else 1
 
 
-def listen(config: GatewayConfig) -> socket.socket:
-    """A socket bound to the configured address.
-
-    Raises:
-        PortTakenError: another process listens there.
-        GatewayStartError: the address cannot be listened on.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((config.host, config.port))
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortTakenError(config.host, config.port) from None
-        raise GatewayStartError(
-            f"cannot listen on {config.host}:{config.port}: {os.strerror(error.errno or 0)}; "
-            "choose another 'gateway.host' or 'gateway.port'"
-        ) from None
-    listening.set_inheritable(False)
-    return listening
+async def _serve_inside(
+    server: Server, internal: InternalServer | None, inside: socket.socket | None
+) -> None:
+    """Serve the Unix socket, once the application has begun; then say where the gateway is."""
+    await server.listens.wait()
+    server.tell()  # the Unix socket listens already: who asks there now waits for a moment
+    if internal is not None:
+        assert inside is not None
+        await internal.serve(sockets=[inside])
 
 
-def url_of(host: str, listening: socket.socket) -> str:
-    """URL under which a client on this machine reaches a socket."""
-    port = listening.getsockname()[1]
-    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = anywhere.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _settings(app: FastAPI, config: GatewayConfig, lifespan: str = "on") -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=protocol_for(config),
+        ws="none",
+        lifespan="on" if lifespan == "on" else "off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout_s),
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m server.gateway", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a RunConfig as JSON")
     parser.add_argument("--table", type=Path, required=True, help="the routing table's file")
+    parser.add_argument("--listen-fd", type=int, help="a TCP socket to listen on, inherited")
+    parser.add_argument("--number", type=int, help="number of this process, from 0")
+    parser.add_argument("--processes", type=int, default=1, help="how many there are")
+    parser.add_argument("--admin-sha256", help="SHA-256 of the admin key, where none is configured")
     return parser.parse_args()
+
+
+def _seat(arguments: argparse.Namespace) -> Seat:
+    """The place that the driver gave this process; the run directory is the table's."""
+    directory = arguments.table.parent
+    try:
+        engine_key = (directory / ENGINE_KEY_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        engine_key = None
+    except OSError as error:
+        raise GatewayStartError(f"{ENGINE_KEY_FILE} cannot be read: {error.strerror}") from None
+    return Seat(
+        run_dir=directory if arguments.number is not None else None,
+        number=arguments.number or 0,
+        processes=arguments.processes,
+        engine_key=engine_key,
+        admin_sha256=arguments.admin_sha256,
+    )
+
+
+def _listen(
+    config: GatewayConfig, descriptor: int | None, seat: Seat
+) -> tuple[socket.socket, socket.socket | None]:
+    """The sockets for everybody and, in a run directory, for this machine's own processes."""
+    if descriptor is None:
+        (listening,) = listen(config.host, config.port)
+    else:
+        listening = socket.socket(fileno=descriptor)
+    listening.set_inheritable(False)
+    if seat.run_dir is None:
+        return listening, None
+    return listening, listen_at(seat.run_dir / GATEWAY_SOCKET.format(seat.number))
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -29,10 +29,12 @@ from server.gateway.errors import (
     body_of,
 )
 from server.gateway.forward import Exchange
+from server.gateway.internal import METRICS_PATH, Internal
 from server.gateway.own import own_routes
 from server.gateway.parts import ALONE, Parts
 from server.gateway.protocol import ENDPOINTS, Endpoint
 from server.gateway.routing import RouterSource
+from server.gateway.scrape import Scrape
 from server.gateway.seat import Seat
 from server.gateway.tables import TableSource
 
@@ -60,12 +62,13 @@ def create_app(
         config: the run; `gateway` and `seed` are what is read of it.
         table_source: hands out routing tables for as long as the application lives.
         router_source: loads the router; called once, in a thread.
-        seat: the process' place among several.
+        seat: the process' place among several; its Unix socket gets `app.state.internal`.
 
     Raises:
         KeysError: the file of API keys cannot be used.
     """
     parts = Parts.make(config, router_source, seat)
+    scrape = Scrape(parts.metrics, seat, METRICS_PATH)
     app = FastAPI(
         title="Introvert",
         version=package_version("introvert"),
@@ -74,11 +77,12 @@ def create_app(
     )
     # In front, since routes are tried in their order and these are the busy ones.
     app.router.routes[:0] = [ForwardedRoute(e, Exchange(e, parts)) for e in ENDPOINTS]
-    app.include_router(own_routes(parts))
+    app.include_router(own_routes(parts, scrape))
     app.add_exception_handler(GatewayError, _answer_gateway_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(Exception, _answer_defect)
+    app.state.internal = Internal(app, parts, scrape)
     return app
 
 

@@ -8,7 +8,7 @@ process; gauges ask functions for their values when they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from server.gateway.observation import Observation
 from server.gateway.tallies import (
@@ -243,6 +243,13 @@ class Metrics:
     def snapshot(self) -> list[Snapshot]:
         """Everything, as it is now."""
         return [family.snapshot() for family in self._families]
+
+    def restore(self, snapshots: Iterable[Snapshot]) -> None:
+        """Go on counting from there; what is not counted any more is left out."""
+        families = {family.name: family for family in self._families}
+        for snapshot in snapshots:
+            if snapshot.name in families:
+                families[snapshot.name].restore(snapshot)
 
     def exposition(self) -> bytes:
         """Everything of this process, in Prometheus' text format."""

@@ -34,6 +34,7 @@ from server.gateway.errors import (
 )
 from server.gateway.parts import Parts
 from server.gateway.protocol import parse_object, read_head
+from server.gateway.scrape import Scrape
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -43,7 +44,7 @@ def errors(*statuses: int | str) -> Responses:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-def own_routes(parts: Parts) -> APIRouter:
+def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     """Models, route explanation, health, metrics and status."""
     routes = APIRouter()
 
@@ -68,8 +69,11 @@ def own_routes(parts: Parts) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """Counters, gauges and histograms in Prometheus' text format."""
-        return Response(parts.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        """Counters, gauges and histograms of all gateway processes in Prometheus' text format.
+
+        It needs no key: bind the gateway to an address, or have a firewall, that keeps others out.
+        """
+        return Response(await scrape.all(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/admin/status", tags=["operation"])
     async def status() -> StatusAnswer:

@@ -46,18 +46,24 @@ class Snapshot(msgspec.Struct, frozen=True):
 class Family(Protocol):
     """Values of one name, by labels."""
 
+    name: str
+
     def snapshot(self) -> Snapshot:
         """What they are now."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on counting from there."""
         ...
 
 
 class Counters:
     """A family of counters."""
 
-    __slots__ = ("_documentation", "_labels", "_name", "_values")
+    __slots__ = ("_documentation", "_labels", "_values", "name")
 
     def __init__(self, name: str, documentation: str, labels: Labels = ()) -> None:
-        self._name, self._documentation, self._labels = name, documentation, labels
+        self.name, self._documentation, self._labels = name, documentation, labels
         self._values: dict[Labels, float] = {} if labels else {(): 0.0}
 
     def inc(self, labels: Labels = (), by: float = 1.0) -> None:
@@ -67,18 +73,23 @@ class Counters:
     def snapshot(self) -> Snapshot:
         """What has been counted."""
         samples = [(labels, [value]) for labels, value in self._values.items()]
-        return Snapshot(self._name, "counter", self._documentation, self._labels, samples)
+        return Snapshot(self.name, "counter", self._documentation, self._labels, samples)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on counting from there."""
+        if snapshot.labels == self._labels:
+            self._values.update((labels, row[0]) for labels, row in snapshot.samples)
 
 
 class Histograms:
     """A family of histograms."""
 
-    __slots__ = ("_bounds", "_documentation", "_labels", "_name", "_values")
+    __slots__ = ("_bounds", "_documentation", "_labels", "_values", "name")
 
     def __init__(
         self, name: str, documentation: str, bounds: Sequence[float], labels: Labels = ()
     ) -> None:
-        self._name, self._documentation, self._labels = name, documentation, labels
+        self.name, self._documentation, self._labels = name, documentation, labels
         self._bounds = tuple(bounds)
         self._values: dict[Labels, list[float]] = {} if labels else {(): self._empty()}
 
@@ -94,8 +105,13 @@ class Histograms:
         """Sum and bucket counts."""
         samples = [(labels, list(row)) for labels, row in self._values.items()]
         return Snapshot(
-            self._name, "histogram", self._documentation, self._labels, samples, self._bounds
+            self.name, "histogram", self._documentation, self._labels, samples, self._bounds
         )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on counting from there."""
+        if (snapshot.labels, snapshot.buckets) == (self._labels, self._bounds):
+            self._values.update((labels, list(row)) for labels, row in snapshot.samples)
 
     def _empty(self) -> list[float]:
         return [0.0] * (len(self._bounds) + 2)
@@ -104,7 +120,7 @@ class Histograms:
 class Gauges:
     """A family of gauges whose values are asked for at a scrape, so that they cannot drift."""
 
-    __slots__ = ("_documentation", "_labels", "_merge", "_name", "_source")
+    __slots__ = ("_documentation", "_labels", "_merge", "_source", "name")
 
     def __init__(
         self,
@@ -114,15 +130,18 @@ class Gauges:
         source: Callable[[], Mapping[Labels, float]],
         merge: Merge = "sum",
     ) -> None:
-        self._name, self._documentation, self._labels = name, documentation, labels
+        self.name, self._documentation, self._labels = name, documentation, labels
         self._source, self._merge = source, merge
 
     def snapshot(self) -> Snapshot:
         """The values as they are now."""
         samples = [(labels, [float(value)]) for labels, value in self._source().items()]
         return Snapshot(
-            self._name, "gauge", self._documentation, self._labels, samples, merge=self._merge
+            self.name, "gauge", self._documentation, self._labels, samples, merge=self._merge
         )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Nothing to go on from: the values are asked for."""
 
 
 def merged(processes: Iterable[Sequence[Snapshot]]) -> list[Snapshot]:

@@ -1,0 +1,115 @@
+"""Request heads that are slow, large, or no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from configs.schema import GatewayConfig
+from server.gateway.heads import REQUEST_LINE_BYTES, protocol_for
+from tests.server.gateway.conftest import _Server
+
+LIMIT = 4096
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers when the body has come."""
+    while (await receive()).get("more_body"):
+        pass
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    timeout_s: float,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a server with that limit."""
+    config = GatewayConfig(client_timeout_s=timeout_s, max_header_bytes=LIMIT)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = _Server(
+        uvicorn.Config(
+            application,
+            http=protocol_for(config),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def rest(reader: asyncio.StreamReader) -> tuple[bytes, dict[str, object]]:
+    """The last answer of a connection: its status line and its JSON."""
+    async with asyncio.timeout(20):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    return head.splitlines()[0], json.loads(body)["error"]
+
+
+async def test_who_says_nothing_is_hung_up_on() -> None:
+    async with connected(0.1) as (reader, _), asyncio.timeout(20):
+        assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"])
+async def test_a_slow_head_is_refused(first: bytes) -> None:
+    async with connected(0.3) as (reader, writer):
+        if first:
+            writer.write(first)
+            async with asyncio.timeout(20):
+                assert b"ok" in await reader.readuntil(b"ok")
+        writer.write(b"GET / HTTP/1.1\r\nhost: ")
+        line, error = await rest(reader)
+        assert line == b"HTTP/1.1 408 Request Timeout"
+        assert error["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"GET /" + b"x" * 100, b"GET / HTTP/1.1\r\na: " + b"x" * 100, b"GET / HTTP/1.1\r\na: b"],
+)
+async def test_an_endless_head_is_refused(endless: bytes) -> None:
+    async with connected(60) as (reader, writer):
+        writer.write(endless)
+        part = b"\r\nc: d" if endless.endswith(b"b") else b"x" * 5
+        writer.write(part * ((LIMIT + REQUEST_LINE_BYTES) // 5 + 1))
+        line, error = await rest(reader)
+        assert line == b"HTTP/1.1 431 Request Header Fields Too Large"
+        assert error["code"] == "headers_too_large"
+
+
+async def test_what_is_no_http_is_told_so() -> None:
+    async with connected(60) as (reader, writer):
+        writer.write(b"\x16\x03\x01\x02\x00")
+        line, error = await rest(reader)
+        assert line == b"HTTP/1.1 400 Bad Request"
+        assert error["code"] == "invalid_request"
+
+
+async def test_a_body_and_an_idle_connection_take_their_time() -> None:
+    request = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
+    async with connected(0.2) as (reader, writer), asyncio.timeout(20):
+        for _ in range(2):
+            writer.write(request)
+            await asyncio.sleep(0.4)
+            writer.write(b"{}")
+            await reader.readuntil(b"ok")
+            await asyncio.sleep(0.4)
