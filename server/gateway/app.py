@@ -112,7 +112,7 @@ class ForwardedRoute(APIRoute):
                     },
                     "content": {
                         "application/json": {"schema": {"type": "object"}},
-                        "text/event-stream": {"schema": {"type": "string"}},
+                        "text/event-stream": {},
                     },
                 },
                 **{s: {"model": error} for s in (400, 404, 413, 500, 503, 504)},
