@@ -40,6 +40,11 @@ class Report:
         self.figures[key] = {"value": value, "unit": unit, "goal": goal, "ok": ok}
         note(f"  {key} = {value:.4g} {unit}" + (f" (goal {goal})" if goal else ""))
 
+    def miss(self, key: str, unit: str, goal: str | None, why: str) -> None:
+        """Record that a figure could not be measured, which meets no goal."""
+        self.figures[key] = {"value": None, "unit": unit, "goal": goal, "ok": goal is None}
+        note(f"  {key}: not measured: {why}")
+
     def close(self, path: str | None) -> int:
         """Print the table, write the report; exit code 0 when every goal is met."""
         self.conditions |= machine()
