@@ -115,8 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _experts(_add(commands, "experts", "list, show, withdraw or restore the experts of a bundle"))
 
+    _keys(_add(commands, "keys", "make, list and revoke the API keys of gateway.keys_file"))
+
     status = _add(commands, "status", "show what a running endpoint holds")
-    status.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    _endpoint(status)
     _report(status)
     return parser
 
@@ -143,6 +145,44 @@ def _experts(parser: argparse.ArgumentParser) -> None:
         )
         action.add_argument("ids", metavar="ID", nargs=ids, help="such as expert-0003")
         _common(action)
+
+
+def _keys(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    new = actions.add_parser("new", help="make a key: it is printed once, its hash is kept")
+    new.add_argument("name", metavar="NAME", help="whose it is: letters, digits, '.', '_', '-'")
+    new.add_argument(
+        "--experts",
+        metavar="ID",
+        nargs="+",
+        help="experts that it may ask, and `base`; default: all",
+    )
+    new.add_argument("--requests-per-minute", type=float, metavar="N", help="default: no limit")
+    new.add_argument("--concurrent", type=int, metavar="N", help="default: no limit")
+    new.add_argument(
+        "--weight", type=float, default=1.0, metavar="W", help="share of a busy worker; default: 1"
+    )
+    listing = actions.add_parser("list", help="a table of the keys' names and limits")
+    _report(listing)
+    revoke = actions.add_parser("revoke", help="take a key away; gateways follow within a second")
+    revoke.add_argument("name", metavar="NAME")
+    for action in (new, listing, revoke):
+        action.add_argument(
+            "--file",
+            metavar="KEYS",
+            default="keys.yaml",
+            help="the file that gateway.keys_file names; default: %(default)s",
+        )
+
+
+def _endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    parser.add_argument(
+        "--admin-key-file",
+        metavar="FILE",
+        help="the admin key's file; default: the environment variable INTROVERT_ADMIN_KEY, or the "
+        "key that `introvert serve` made on this machine",
+    )
 
 
 def _config(parser: argparse.ArgumentParser) -> None:

@@ -176,22 +176,6 @@ class RouterStatus(Answer):
     """Why it is not ready; empty when it is."""
 
 
-class StatusAnswer(Answer):
-    """Everything this gateway knows."""
-
-    version: str
-    """Version of the gateway's code."""
-    pid: int
-    started: str
-    """UTC, ISO 8601."""
-    ready: ReadyAnswer
-    router: RouterStatus
-    in_flight: dict[str, int]
-    """Requests in flight, by worker."""
-    table: RoutingTable | None
-    """The routing table in use; none before the first."""
-
-
 def list_models(table: RoutingTable, created: int, *, routed: bool) -> list[ModelAnswer]:
     """Every model name: `introvert`, the base, and each expert's id.
 

@@ -19,8 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from configs.schema import RunConfig
+from server.gateway.admin import admin_routes
 from server.gateway.answers import AnthropicErrorAnswer, ErrorAnswer
 from server.gateway.client import CLIENT_GONE, ClientGoneError
+from server.gateway.documented import errors
 from server.gateway.errors import (
     GatewayError,
     InternalError,
@@ -39,6 +41,9 @@ from server.gateway.seat import Seat
 from server.gateway.tables import TableSource
 
 logger = logging.getLogger(__name__)
+
+REFUSALS = (401, 403, 404, 413, 422, 429, 501, 502, 503, 504)
+"""Statuses of error answers, the gateway's own and those that it passes on from engines."""
 
 ANSWER_HEADERS = {
     "x-request-id": "The client's own id, or a new one.",
@@ -78,6 +83,7 @@ def create_app(
     # In front, since routes are tried in their order and these are the busy ones.
     app.router.routes[:0] = [ForwardedRoute(e, Exchange(e, parts)) for e in ENDPOINTS]
     app.include_router(own_routes(parts, scrape))
+    app.include_router(admin_routes(parts, scrape))
     app.add_exception_handler(GatewayError, _answer_gateway_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
@@ -115,7 +121,7 @@ class ForwardedRoute(APIRoute):
                         "text/event-stream": {},
                     },
                 },
-                **{s: {"model": error} for s in (400, 404, 413, 500, 503, 504)},
+                **errors(*REFUSALS, model=error),
             },
             openapi_extra={"requestBody": _documented_body(endpoint)},
         )

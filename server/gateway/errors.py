@@ -25,6 +25,7 @@ GatewayError                      an answer that the gateway makes instead of an
 │   ├── NoEngineError
 │   ├── RouterNotReadyError
 │   ├── EngineLostError
+│   ├── ControlPlaneError
 │   └── QueueTimeoutError
 ├── EngineTimeoutError      504
 ├── DeadlineError           504
@@ -261,6 +262,12 @@ class EngineLostError(UnavailableError):
     """The engine went away after it had been given the request."""
 
     code = "engine_lost"
+
+
+class ControlPlaneError(UnavailableError):
+    """The control plane does not answer, so nothing can be changed now."""
+
+    code = "control_plane_down"
 
 
 class QueueTimeoutError(UnavailableError):

@@ -5,29 +5,25 @@ They look at the parts and change nothing. What is forwarded to engines is in `f
 
 from __future__ import annotations
 
-import os
-from importlib.metadata import version as package_version
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
 from server.gateway.answers import (
-    ErrorAnswer,
     Health,
     ModelAnswer,
     ModelList,
     ReadyAnswer,
     RouteList,
     RouteRequest,
-    StatusAnswer,
     explain_route,
     list_models,
     report_ready,
 )
 from server.gateway.client import read_body
+from server.gateway.documented import errors
 from server.gateway.errors import (
+    ForbiddenModelError,
     InvalidParameterError,
     ModelNotFoundError,
     NoEngineError,
@@ -35,25 +31,21 @@ from server.gateway.errors import (
 from server.gateway.parts import Parts
 from server.gateway.protocol import parse_object, read_head
 from server.gateway.scrape import Scrape
+from server.gateway.tenants import ANYBODY, Tenant
 
-Responses = dict[int | str, dict[str, Any]]
-
-
-def errors(*statuses: int | str) -> Responses:
-    """OpenAPI entries for error answers."""
-    return {status: {"model": ErrorAnswer} for status in statuses}
+TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
-    """Models, route explanation, health, metrics and status."""
+    """Models, route explanation, health and metrics."""
     routes = APIRouter()
 
-    @routes.get("/health", tags=["operation"])
+    @routes.get("/health", tags=["operation"], responses=errors())
     async def health() -> Health:
         """Whether the process is alive; says nothing about engines."""
         return Health()
 
-    @routes.get("/ready", tags=["operation"], responses={503: {"model": ReadyAnswer}})
+    @routes.get("/ready", tags=["operation"], responses={**errors(), 503: {"model": ReadyAnswer}})
     async def ready(response: Response) -> ReadyAnswer:
         """200 once every expert has been ready or refused, while one worker is ready; else 503."""
         answer = report_ready(parts.readiness, parts.routing.status)
@@ -66,7 +58,7 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
         "/metrics",
         tags=["operation"],
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={200: TEXT, **errors()},
     )
     async def metrics() -> Response:
         """Counters, gauges and histograms of all gateway processes in Prometheus' text format.
@@ -75,30 +67,26 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
         """
         return Response(await scrape.all(), media_type=CONTENT_TYPE_LATEST)
 
-    @routes.get("/admin/status", tags=["operation"])
-    async def status() -> StatusAnswer:
-        """Everything that this gateway knows: what `introvert status` prints."""
-        return StatusAnswer(
-            version=package_version("introvert"),
-            pid=os.getpid(),
-            started=parts.started.isoformat(timespec="seconds"),
-            ready=report_ready(parts.readiness, parts.routing.status),
-            router=parts.routing.status,
-            in_flight=dict(parts.chooser.in_flight),
-            table=parts.chooser.table,
-        )
-
-    @routes.get("/v1/models", tags=["models"], responses=errors(503))
-    async def models() -> ModelList:
-        """Every model name, with its readiness."""
-        return ModelList(data=_models(parts))
+    @routes.get("/v1/models", tags=["models"], responses=errors(401, 503))
+    async def models(request: Request) -> ModelList:
+        """Every model name that the API key may ask, with its readiness."""
+        return ModelList(data=_models(parts, _tenant(parts, request)))
 
     # Any text is a valid path here, so the 422 that FastAPI would announce cannot happen.
-    @routes.get("/v1/models/{model:path}", tags=["models"], responses=errors("4XX", 503))
-    async def model(model: str) -> ModelAnswer:
+    @routes.get(
+        "/v1/models/{model:path}", tags=["models"], responses=errors("4XX", 401, 403, 404, 503)
+    )
+    async def model(model: str, request: Request) -> ModelAnswer:
         """One model by its name, or by the name with its version."""
-        for known in _models(parts):
+        tenant = _tenant(parts, request)
+        for known in _models(parts, ANYBODY):
             if model in (known.id, known.served_name):
+                if not _may_see(tenant, known):
+                    raise ForbiddenModelError(
+                        f"The API key '{tenant.name}' may not ask '{known.id}'. GET /v1/models "
+                        "lists what it may.",
+                        param="model",
+                    )
                 return known
         parts.chooser.named(model)  # says why there is none
         raise ModelNotFoundError(f"There is no model '{model[:200]}'.", param="model")
@@ -106,7 +94,7 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     @routes.post(
         "/v1/route",
         tags=["models"],
-        responses=errors(400, 413, 503),
+        responses=errors(401, 413, 429, 503),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -116,21 +104,32 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     )
     async def route(request: Request) -> RouteList:
         """Where texts or a chat would go, and why; nothing is generated."""
+        tenant = _tenant(parts, request)
         head = read_head(request.scope)
         body = await read_body(request.receive, head.content_length, parts.config.max_body_bytes)
         asked = _route_request(body)
-        if asked.messages is not None:
-            routes = await parts.routing.route("chat", [{"messages": asked.messages}])
-        else:
-            texts = [asked.input] if isinstance(asked.input, str) else asked.input or []
-            routes = await parts.routing.route("responses", [{"input": text} for text in texts])
+        with parts.keyring.admit(tenant):
+            if asked.messages is not None:
+                routed = await parts.routing.route("chat", [{"messages": asked.messages}])
+            else:
+                texts = [asked.input] if isinstance(asked.input, str) else asked.input or []
+                routed = await parts.routing.route("responses", [{"input": t} for t in texts])
         threshold = parts.routing.threshold
-        return RouteList(data=[explain_route(r, parts.chooser, threshold) for r in routes])
+        return RouteList(data=[explain_route(r, parts.chooser, threshold) for r in routed])
 
     return routes
 
 
-def _models(parts: Parts) -> list[ModelAnswer]:
+def _tenant(parts: Parts, request: Request) -> Tenant:
+    return parts.keyring.identify(request.scope["headers"])
+
+
+def _may_see(tenant: Tenant, model: ModelAnswer) -> bool:
+    """Whether a tenant may ask a model; what routes by meaning, anybody may."""
+    return model.kind == "routed" or tenant.may_ask("base" if model.kind == "base" else model.id)
+
+
+def _models(parts: Parts, tenant: Tenant) -> list[ModelAnswer]:
     table = parts.chooser.table
     if table is None:
         raise NoEngineError(
@@ -138,7 +137,8 @@ def _models(parts: Parts) -> list[ModelAnswer]:
             retry_after_s=parts.config.retry_after_s,
         )
     created = int(parts.started.timestamp())
-    return list_models(table, created, routed=parts.routing.status.state == "ready")
+    models = list_models(table, created, routed=parts.routing.status.state == "ready")
+    return [model for model in models if _may_see(tenant, model)]
 
 
 def _route_request(body: bytes) -> RouteRequest:

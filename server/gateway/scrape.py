@@ -49,14 +49,18 @@ class Scrape:
 
     async def all(self) -> bytes:
         """Everybody's metrics as one, in Prometheus' text format."""
+        return await asyncio.to_thread(exposition, await self.added_up())
+
+    async def added_up(self) -> list[Snapshot]:
+        """Everybody's metrics as one."""
         own = self._metrics.snapshot()
         siblings = self._seat.siblings()
         if not siblings:
-            return await asyncio.to_thread(exposition, own)
+            return own
         answers, _ = await asyncio.gather(ask_all(siblings, self._path), self._write(own))
-        return await asyncio.to_thread(self._added_up, own, answers)
+        return await asyncio.to_thread(self._with, own, answers)
 
-    def _added_up(self, own: list[Snapshot], answers: dict[Path, bytes]) -> bytes:
+    def _with(self, own: list[Snapshot], answers: dict[Path, bytes]) -> list[Snapshot]:
         everybody = [own]
         for number in range(self._seat.processes):
             if number == self._seat.number:
@@ -68,7 +72,7 @@ class Scrape:
             elif (last := self._written(number)) is not None:
                 # dead or deaf: what it counted stands, what it is now is not known
                 everybody.append([one for one in last if one.kind != "gauge"])
-        return exposition(merged(everybody))
+        return merged(everybody)
 
     async def _write(self, snapshots: list[Snapshot]) -> bytes:
         async with self._writing:

@@ -23,7 +23,7 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "fit", "train", "evaluate", "serve", "route", "experts", "status"]
+    "command", ["demo", "fit", "train", "evaluate", "serve", "route", "experts", "keys", "status"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
