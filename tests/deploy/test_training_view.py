@@ -105,7 +105,7 @@ def test_drawing_and_events_do_not_wait_for_each_other(crowd: list[Any]) -> None
                 view(ExpertStarted("expert-0002", "trainer-a1b2c3-1.1", 100, attempt + 1))
         finally:
             stop.set()
-            drawing.join(timeout=10)
+            drawing.join(timeout=60)
         assert not drawing.is_alive()
 
 

@@ -134,7 +134,7 @@ def introvert() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [INTROVERT, *arguments], capture_output=True, text=True, timeout=120, check=False
+            [INTROVERT, *arguments], capture_output=True, text=True, timeout=300, check=False
         )
 
     return run

@@ -22,12 +22,12 @@ from typing import Any
 import openai
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 READY_S = 200.0
-HEAL_S = 60.0
-CLEAR_S = 5.0
-"""For an error to come where a hang might be."""
+HEAL_S = 240.0
+CLEAR_S = 30.0
+"""For an error to come where a hang might be; how soon it does is for `bench/` to measure."""
 BODY_LIMIT = 100_000
 BASE = "tiny"
 EXPERTS = ["expert-0000", "expert-0001", "expert-0002"]
@@ -68,7 +68,7 @@ def call(url: str, body: bytes | dict[str, Any] | None = None) -> Reply:
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
     try:
-        answer = urllib.request.urlopen(request, timeout=30)
+        answer = urllib.request.urlopen(request, timeout=120)
     except urllib.error.HTTPError as error:
         answer = error
     with answer:
@@ -100,7 +100,7 @@ def served(
 
 @pytest.fixture(scope="module")
 def client(served: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def table_of(served: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tests.expert_trainer.conftest import base_dir, corpus_dir, make_config, wri
 
 __all__ = ["base_dir", "corpus_dir", "make_config"]
 
+pytestmark = pytest.mark.timeout(900)
+
 COMMAND = str(Path(sys.executable).with_name("introvert"))
 ALL = ["expert-0000", "expert-0001", "expert-0002"]
 
@@ -39,7 +41,7 @@ def introvert(*arguments: str, **environment: str) -> Done:
         [COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env={**os.environ, **environment},
     )

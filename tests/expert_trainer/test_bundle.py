@@ -1,8 +1,6 @@
 import hashlib
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -384,11 +382,13 @@ def test_a_killed_publisher_leaves_a_whole_bundle(tmp_path: Path, delay: float) 
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    try:
+        process.stdout.readline()
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
     bundle = open_bundle(root)
     digests = {
         hashlib.sha256((bundle.expert_dir(e) / "adapter_model.safetensors").read_bytes()).digest()

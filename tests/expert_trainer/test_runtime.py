@@ -59,7 +59,7 @@ def test_a_private_session_stays_on_this_machine_and_leaves_nothing(
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=240,
         )
         assert guest.stdout.split() == ["1", NAMESPACE]
         assert ray.get(ray.remote(lambda: 1).remote()) == 1, "a guest leaves the cluster running"

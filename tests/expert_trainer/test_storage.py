@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -210,22 +209,27 @@ def test_a_reader_never_meets_half_a_file_of_a_writer_that_is_killed(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(pickle.dumps(shared))
-    process.stdin.close()
-    process.stdout.readline()
-    for _ in range(10):
-        content = shared.read("file")
-        assert (len(content), len(set(content))) == (400_000, 1)
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    try:
+        process.stdin.write(pickle.dumps(shared))
+        process.stdin.close()
+        process.stdout.readline()
+        for _ in range(10):
+            content = shared.read("file")
+            assert (len(content), len(set(content))) == (400_000, 1)
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
     content = shared.read("file")
     assert (len(content), len(set(content))) == (400_000, 1)
     assert shared.names() == ["file"]
-    time.sleep(0.1)  # the server notices the end of the upload by itself
+    deadline = time.monotonic() + 60
     shared.sweep()
-    assert list(shared.files()) == ["file"]
+    while list(shared.files()) != ["file"]:  # a server notices the end of an upload by itself
+        assert time.monotonic() < deadline, list(shared.files())
+        time.sleep(0.05)
+        shared.sweep()
 
 
 def test_a_tree_has_its_marker_only_once_it_is_whole(

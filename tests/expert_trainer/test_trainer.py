@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -73,17 +72,20 @@ def test_reports_begin_and_end_and_the_last_outcome_travels_with_the_end(trainer
     assert outcome == Outcome("a", "data")
     assert isinstance(ended, Ended)
     assert ended.computing == 2.5
-    assert 0 <= ended.seconds < 10
+    assert ended.seconds >= 0
 
 
 def test_steps_are_thinned_out_to_means(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPORT_S", 0.2)
+    now = 100.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
 
     def script(bench: Any, data: Any) -> Iterator[JobItem]:
+        nonlocal now
         for step in range(1, 101):
             yield StepTaken("a", step, float(step), step * 7, step * 0.01)
             yield StepTaken("b", step, 0.5, step * 3, step * 0.01)
-            time.sleep(0.005)
+            now += 0.005
         yield Outcome("a", None)
         yield Outcome("b", None)
 
@@ -106,11 +108,11 @@ def test_the_next_job_is_read_while_one_computes(trainer: Trainer) -> None:
     def read_second() -> str:
         threads.append(threading.current_thread())
         reading.set()
-        read.wait(10)
+        read.wait(60)
         return "second"
 
     def first(bench: Any, data: Any) -> Iterator[JobItem]:
-        assert reading.wait(10), "the second job is being read"
+        assert reading.wait(60), "the second job is being read"
         yield Outcome("a", None)
         read.set()
 
@@ -121,7 +123,10 @@ def test_the_next_job_is_read_while_one_computes(trainer: Trainer) -> None:
     assert next(run) == (Began(),)
     on_deck = Scripted(second, read_second)
     trainer.read_ahead(2, on_deck)
-    list(run)
+    try:
+        list(run)
+    finally:
+        read.set()
     assert list(trainer.run(2, on_deck))[-1][0] == Outcome("a", "second")
     assert len(threads) == 1, "it is read once"
     assert threads[0] is not threading.current_thread()

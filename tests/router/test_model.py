@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,13 +203,16 @@ fitted.router.save(Path(sys.argv[1]))
 
 
 def test_two_processes_fit_the_same_router(mixture: Mixture, tmp_path: Path) -> None:
-    for name in ("one", "two"):
+    def fit_in_a_process(name: str) -> None:
         subprocess.run(
             [sys.executable, "-c", FIT, str(tmp_path / name)],
             input="\n".join(mixture.texts[:36]),
             text=True,
             check=True,
         )
+
+    with ThreadPoolExecutor() as both:
+        list(both.map(fit_in_a_process, ("one", "two")))
     for file in ("router.json", "centroids.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
