@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from configs.manifest import ExpertCard, Fingerprint
+from configs.manifest import ExpertCard
 from expert_trainer.types import ActorUp, ExpertProgress, ExpertStarted, PoolStarted
+from tests.cards import make_card as any_card
 
 
 class Clock:
@@ -26,35 +27,11 @@ def clock() -> Clock:
 @pytest.fixture
 def make_card() -> Callable[..., ExpertCard]:
     def make(expert: str = "expert-0007", **changes: object) -> ExpertCard:
-        card = ExpertCard(
-            id="expert-0007",
-            cluster=7,
-            base_digest="0" * 64,
-            documents=10,
-            tokens=500,
-            tokens_seen=1000,
-            steps=10,
-            seed=1,
-            rank=8,
-            alpha=16,
-            rslora=False,
-            target_modules=["q_proj"],
-            learning_rate=1e-3,
-            top_terms=["array", "index", "matrix", "tensor", "solver"],
-            loss_curve=[],
-            heldout_documents=2,
-            heldout_tokens=100,
-            heldout_loss_base=3.0,
-            heldout_loss_expert=2.7,
-            state="admitted",
-            reason="held-out loss 2.7000 against the base's 3.0000 nats per token",
-            fingerprint=Fingerprint(token_ids=[1, 2], logprobs=[-1.0]),
-            seconds=41.0,
-            device="cpu",
-            created="2026-01-01T00:00:00Z",
-            code_version="0",
-        )
-        return card.model_copy(update={"id": expert, **changes})
+        facts = {"top_terms": ["array", "index", "matrix", "tensor", "solver"], "seconds": 41.0}
+        facts |= {"tokens": 500, "tokens_seen": 1000, "steps": 10}
+        facts |= {"heldout_loss_base": 3.0, "heldout_loss_expert": 2.7}
+        facts["reason"] = "held-out loss 2.7000 against the base's 3.0000 nats per token"
+        return any_card(7, **facts | {"id": expert} | changes)
 
     return make
 

@@ -10,43 +10,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from configs.manifest import BaseEntry, BundleManifest, ExpertCard, Fingerprint, LossPoint
+from configs.manifest import BaseEntry, BundleManifest, ExpertCard, LossPoint
 from deploy.cli import main
 from expert_trainer.bundle import ExpertDraft, open_bundle, publish
+from tests.cards import make_card
 
 COMMAND = Path(sys.executable).with_name("introvert")
 
 
 def card(cluster: int, **changes: object) -> ExpertCard:
-    values = {
-        "id": f"expert-{cluster:04d}",
-        "cluster": cluster,
-        "base_digest": "a" * 64,
-        "documents": 3,
+    facts = {
         "tokens": 12_345,
-        "tokens_seen": 200,
         "steps": 90,
         "seed": 1234,
-        "rank": 2,
-        "alpha": 4,
-        "rslora": False,
         "target_modules": ["q_proj", "v_proj"],
-        "learning_rate": 1e-3,
         "top_terms": ["sea", "boat", "tide"],
         "loss_curve": [LossPoint(step=i, loss=10 / i) for i in range(1, 51)],
-        "heldout_documents": 1,
-        "heldout_tokens": 10,
-        "heldout_loss_base": 2.5,
         "heldout_loss_expert": 2.125,
-        "state": "admitted",
         "reason": "2.125 against 2.500",
-        "fingerprint": Fingerprint(token_ids=[1, 2], logprobs=[-0.5]),
-        "seconds": 0.1,
-        "device": "cpu",
-        "created": "2026-01-01T00:00:00+00:00",
-        "code_version": "0.1.0",
     }
-    return ExpertCard.model_validate(values | changes)
+    return make_card(cluster, **facts | changes)
 
 
 def publish_cards(root: str | Path, work: Path, cards: Sequence[ExpertCard]) -> BundleManifest:

@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 import pytest
 
-from configs.manifest import BaseEntry, ExpertCard, Fingerprint, expert_id
+from configs.manifest import BaseEntry, Fingerprint, expert_id
 from configs.schema import RouterConfig, RunConfig
+from tests.cards import make_card
 
 INTROVERT = Path(sys.executable).with_name("introvert")
 EXPERTS = 3
@@ -185,7 +186,9 @@ def build_world(root: Path) -> World:
         directory = root / "adapters" / expert_id(cluster)
         fingerprint = build_expert(world.base, directory, seed=cluster + 1)
         mass = (EXPERTS - cluster) / sum(range(1, EXPERTS + 1))
-        drafts.append(ExpertDraft(directory, card(cluster, digest, fingerprint), mass))
+        facts = {"rank": RANK, "alpha": 2 * RANK, "base_digest": digest}
+        card = make_card(cluster, fingerprint=fingerprint, **facts)
+        drafts.append(ExpertDraft(directory, card, mass))
     publish(
         world.bundle,
         base=BaseEntry(name=BASE_NAME, model=str(world.base), digest=digest),
@@ -275,34 +278,3 @@ def build_expert(base: Path, directory: Path, seed: int) -> Fingerprint:
         logprobs = adapted(input_ids=ids).logits[0, :-1].log_softmax(-1)
     chosen = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
     return Fingerprint(token_ids=PROBE, logprobs=chosen.tolist())
-
-
-def card(cluster: int, base_digest: str, fingerprint: Fingerprint) -> ExpertCard:
-    return ExpertCard(
-        id=expert_id(cluster),
-        cluster=cluster,
-        base_digest=base_digest,
-        documents=1,
-        tokens=100,
-        tokens_seen=100,
-        steps=1,
-        seed=0,
-        rank=RANK,
-        alpha=2 * RANK,
-        rslora=False,
-        target_modules=["q_proj"],
-        learning_rate=1e-4,
-        top_terms=["fox"],
-        loss_curve=[],
-        heldout_documents=0,
-        heldout_tokens=0,
-        heldout_loss_base=None,
-        heldout_loss_expert=None,
-        state="admitted",
-        reason="made for a test",
-        fingerprint=fingerprint,
-        seconds=0.1,
-        device="cpu",
-        created="2026-01-01T00:00:00+00:00",
-        code_version="0",
-    )

@@ -19,10 +19,7 @@ from safetensors.numpy import save
 from configs.manifest import (
     MANIFEST_FILE,
     BaseEntry,
-    ExpertCard,
     ExpertEntry,
-    Fingerprint,
-    LossPoint,
 )
 from expert_trainer.bundle import Bundle, ExpertDraft, open_bundle, publish, router_version
 from expert_trainer.errors import (
@@ -33,40 +30,9 @@ from expert_trainer.errors import (
     StorageError,
 )
 from expert_trainer.storage import Storage
+from tests.cards import make_card
 
 BASE = BaseEntry(name="tiny", model="runs/tiny", digest="a" * 64)
-
-
-def make_card(cluster: int, **changes: object) -> ExpertCard:
-    card = ExpertCard(
-        id=f"expert-{cluster:04d}",
-        cluster=cluster,
-        base_digest="a" * 64,
-        documents=3,
-        tokens=100,
-        tokens_seen=200,
-        steps=2,
-        seed=1,
-        rank=2,
-        alpha=4,
-        rslora=False,
-        target_modules=["q_proj"],
-        learning_rate=1e-3,
-        top_terms=["sea", "boat"],
-        loss_curve=[LossPoint(step=1, loss=2.5)],
-        heldout_documents=1,
-        heldout_tokens=10,
-        heldout_loss_base=2.5,
-        heldout_loss_expert=2.0,
-        state="admitted",
-        reason="2.000 against 2.500",
-        fingerprint=Fingerprint(token_ids=[1, 2], logprobs=[-0.5]),
-        seconds=0.1,
-        device="cpu",
-        created="2026-01-01T00:00:00+00:00",
-        code_version="0.1.0",
-    )
-    return card.model_copy(update=changes)
 
 
 def make_draft(root: Path, cluster: int, value: float = 0.0, **changes: object) -> ExpertDraft:
@@ -364,7 +330,7 @@ PUBLISHER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import test_bundle as t
+from tests.expert_trainer import test_bundle as t
 root, work = Path(sys.argv[2]), Path(sys.argv[3])
 value = 0.0
 while True:
@@ -378,7 +344,7 @@ while True:
 def test_a_killed_publisher_leaves_a_whole_bundle(tmp_path: Path, delay: float) -> None:
     root, work = tmp_path / "bundle", tmp_path / "work"
     process = subprocess.Popen(
-        [sys.executable, "-c", PUBLISHER, str(Path(__file__).parent), str(root), str(work)],
+        [sys.executable, "-c", PUBLISHER, str(Path(__file__).parents[2]), str(root), str(work)],
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from configs.manifest import BaseEntry, ExpertCard, Fingerprint
+from configs.manifest import BaseEntry
 from configs.schema import RunConfig
 from expert_trainer.bundle import Bundle, ExpertDraft, open_bundle, publish
 from expert_trainer.errors import BaseModelError, StaleBundleError
@@ -18,6 +18,7 @@ from expert_trainer.training import base_entry
 from expert_trainer.types import Document
 from router.conversation import Message
 from router.model import Router
+from tests.cards import make_card
 
 
 def publish_fit(config: RunConfig, base: BaseEntry) -> Bundle:
@@ -101,34 +102,7 @@ def test_experts_of_another_scaling_are_refused(
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(save({"a": np.zeros(2)}))
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     base = base_entry(config)
-    card = ExpertCard(
-        id="expert-0000",
-        cluster=0,
-        base_digest=base.digest,
-        documents=1,
-        tokens=10,
-        tokens_seen=10,
-        steps=1,
-        seed=0,
-        rank=config.experts.rank,
-        alpha=config.experts.alpha,
-        rslora=False,
-        target_modules=["q_proj"],
-        learning_rate=1e-3,
-        top_terms=[],
-        loss_curve=[],
-        heldout_documents=0,
-        heldout_tokens=0,
-        heldout_loss_base=None,
-        heldout_loss_expert=None,
-        state="admitted",
-        reason="",
-        fingerprint=Fingerprint(token_ids=[1, 2], logprobs=[-0.5]),
-        seconds=1.0,
-        device="cpu",
-        created="2026-01-01T00:00:00+00:00",
-        code_version="0",
-    )
+    card = make_card(base_digest=base.digest, rank=config.experts.rank, alpha=config.experts.alpha)
     publish(
         config.bundle.path,
         base=base,
