@@ -1,110 +1,157 @@
-"""From a model's name to the worker that answers: what a name means now, and which home is taken.
+"""Which bundle and which worker a request gets.
 
-Everything that depends on the table alone is worked out once per table, so that a request costs a
-look-up. This module knows nothing of HTTP and of how a text is routed.
+The bundle is the one that is served, or the canary for its share of the conversations. The worker
+is the one that a conversation usually goes to, where its prefix is cached, unless that is much
+busier than another. This module knows nothing of HTTP and of how a text is routed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from zlib import crc32
 
-import msgspec
-
+from configs.schema import GatewayConfig
+from server.gateway.admission import Lane
+from server.gateway.breaker import Breakers
+from server.gateway.counts import Counts
 from server.gateway.errors import ModelNotFoundError, NoEngineError
-from server.table import RoutingTable
+from server.gateway.residency import Residency
+from server.gateway.views import Home, Target, View, Views, salt_of, views_of
+from server.table import RoutingTable, WorkerEntry
 
 ROUTED_MODEL = "introvert"
 """The model name that routes by meaning."""
 
-AVOID_S = 1.0
-"""Seconds for which a worker that could not be reached is the last choice."""
+BEGINNING_BYTES = 1024
+"""Of a prompt, what tells conversations apart."""
+
+_KEYS = 2**32
+_MIX = 0x9E3779B97F4A7C15
+_WORD = 2**64 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
-    """A ready worker."""
+def conversation_key(prompt: bytes | memoryview) -> int:
+    """A number below 2**32 that the turns of one conversation share.
 
-    worker: str
-    url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a model name means now: an expert or the base, and its ready homes."""
-
-    served_name: str
-    """The name in the engine and in the answer's `model`."""
-    expert: str | None
-    """The expert's id; none for the base."""
-    version: str | None
-    homes: tuple[Home, ...]
-    model_json: msgspec.Raw
-    """`served_name` as JSON, to be put into a body."""
-    refused_by: tuple[str, ...] = ()
-    """The workers that were to hold the expert, if every one of them refused it."""
-
-    @property
-    def label(self) -> str:
-        """The expert's id, or `base`."""
-        return self.expert or "base"
+    Args:
+        prompt: the beginning of the field that holds the prompt, or all of it, as JSON. Of a chat
+            what comes before the first answer counts, since every turn repeats that.
+    """
+    beginning = bytes(prompt[:BEGINNING_BYTES])
+    answer = beginning.find(b'"assistant"')
+    if answer >= 0 or len(beginning) < BEGINNING_BYTES:
+        end = beginning.rfind(b"}", 0, answer if answer >= 0 else None)
+        if end >= 0:
+            beginning = beginning[:end]
+    return crc32(beginning)
 
 
 class Chooser:
-    """The current table as the gateway uses it, and the requests in flight per worker."""
+    """The current table as the gateway uses it."""
 
-    def __init__(self, *, seed: int, retry_after_s: int) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        counts: Counts,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A chooser that has seen no table.
+
+        Args:
+            config: limits of workers, queues and breakers.
+            counts: requests in flight by worker, over all gateway processes.
+            seed: of the choice among replicas.
+            clock: the moment, in seconds.
+        """
         self.table: RoutingTable | None = None
-        self.in_flight: defaultdict[str, int] = defaultdict(int)
-        self._retry_after_s = retry_after_s
+        self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s, clock)
+        self.in_flight_bundles: defaultdict[str, int] = defaultdict(int)
+        """Requests that have taken a bundle's view and are not over, by its version."""
+        self.demand: defaultdict[str, float] = defaultdict(float)
+        """Engine seconds asked for since the start, by the id of the expert that was wanted."""
+        self._config = config
+        self._counts = counts
+        self._clock = clock
         self._random = random.Random(seed)
-        self._avoided: dict[str, float] = {}
-        self._base: Target | None = None
-        self._targets: dict[str, Target] = {}
-        self._by_expert: dict[str, Target] = {}
+        self._views: Views | None = None
+        self._lanes: dict[str, Lane] = {}
+        self._engines: dict[str, WorkerEntry] = {}
+        self._residencies: dict[str, Residency] = {}
+        self._changed = asyncio.Event()
+        self.homeless = 0
+        """Requests that wait for a home to come back."""
 
     def update(self, table: RoutingTable) -> None:
         """Serve by this table from now on; requests that run keep the home they have."""
-        ready, holding = _homes(table)
-        base = _target(table.base_name, None, None, ready)
-        refused = table.refused_experts()
-        by_expert = {
-            e.id: _target(
-                e.served_name,
-                e.id,
-                e.version,
-                tuple(holding.get(e.served_name, ())),
-                refused_by=tuple(e.workers) if e.served_name in refused else (),
-            )
-            for e in table.experts
-        }
-        targets = {target.served_name: target for target in by_expert.values()}
-        self._targets = {**targets, **by_expert, table.base_name: base}
-        self._by_expert = by_expert
-        self._base = base
-        self._avoided = {}
+        self._views = views_of(table, self._home)
         self.table = table
-        workers = {worker.id for worker in table.workers}
-        for gone in [w for w, n in self.in_flight.items() if n == 0 and w not in workers]:
-            del self.in_flight[gone]
+        now = {worker.id: worker for worker in table.workers}
+        for worker, before in self._engines.items():
+            after = now.get(worker)
+            same = after is not None and (after.url, after.pid) == (before.url, before.pid)
+            if not same:
+                self.breakers.forget(worker)
+                self._residencies.pop(worker, None)
+            if (not same or (after and after.state != "ready")) and worker in self._lanes:
+                self._lanes[worker].dissolve()  # whoever waits for it has to look elsewhere
+        self._engines = now
+        for gone in self._lanes.keys() - now.keys():
+            if not self._lanes[gone].active:
+                del self._lanes[gone]
+        for bundle in [b for b, n in self.in_flight_bundles.items() if not n]:
+            del self.in_flight_bundles[bundle]
+        self._wake()
 
-    def named(self, model: str) -> Target:
-        """What a model name means.
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """This process' requests in flight, by worker; of the table's workers zeros, too."""
+        workers = self.table.workers if self.table else ()
+        return {**dict.fromkeys((worker.id for worker in workers), 0), **self._counts.own()}
+
+    @property
+    def queued(self) -> dict[str, int]:
+        """This process' requests that wait, by worker."""
+        return {worker: lane.waiting for worker, lane in self._lanes.items()}
+
+    @property
+    def served(self) -> View:
+        """The view of the bundle that is served.
+
+        Raises:
+            NoEngineError: no table has come yet.
+        """
+        return self._views_or_raise().served
+
+    def view(self, key: int) -> View:
+        """The view that a conversation gets: of the canary, if it falls into its share.
+
+        Raises:
+            NoEngineError: no table has come yet.
+        """
+        views = self._views_or_raise()
+        if views.canary is not None and key < views.canary_share * _KEYS:
+            return views.canary
+        return views.served
+
+    def named(self, model: str, view: View | None = None) -> tuple[View, Target]:
+        """What a model name means: in the request's view, or else in whichever bundle knows it.
 
         Raises:
             NoEngineError: no table has come yet.
             ModelNotFoundError: no model has this name.
         """
-        target = self._targets.get(model)
-        if target is not None:
-            return target
-        self._base_or_raise()
+        views = self._views_or_raise()
+        for candidate in (view or views.served, views.served, views.canary):
+            if candidate is not None and (target := candidate.by_name.get(model)) is not None:
+                return candidate, target
         expert, at, _ = model.partition("@")
-        current = self._by_expert.get(expert)
+        current = views.served.by_expert.get(expert)
         if at and current is not None:
             raise ModelNotFoundError(
                 f"'{model}' is not served: the current version is '{current.served_name}'. "
@@ -118,105 +165,147 @@ class Chooser:
         )
 
     def routed(self, expert: str | None) -> Target:
-        """Where a routed request goes: to its expert, or to the base where that is not served or
-        was refused by all of its workers.
+        """Where a request that is routed to an expert of the served bundle goes.
 
         Raises:
             NoEngineError: no table has come yet.
         """
-        base = self._base_or_raise()
-        target = base if expert is None else self._by_expert.get(expert, base)
-        return base if target.refused_by else target
+        return self.served.routed(expert)
 
-    def choose(self, target: Target, tried: set[str]) -> Home:
-        """The less loaded of two ready homes not tried yet, taken at random where there are more.
+    def choose(
+        self, target: Target, key: int, tried: set[str], *, patient: bool = False
+    ) -> Home | None:
+        """The home for a request: the conversation's usual one (rendezvous hashing; Thaler and
+        Ravishankar, 1998), unless a random other is less busy by more than `affinity_slack`.
 
-        The power of two choices (Mitzenmacher, IEEE TPDS 2001): close to the least loaded of all,
-        without the herd that chasing the least loaded causes among several gateways.
+        Two choices come close to the least loaded of all, without the herd that chasing the least
+        loaded causes among several gateways (Mitzenmacher, IEEE TPDS 2001).
 
-        Raises:
-            NoEngineError: no home is left.
+        Args:
+            target: what is asked for; its homes are looked up anew, for it may be of a table
+                before this one.
+            key: of the conversation.
+            tried: workers that could not be reached by this request.
+            patient: it has waited already, so it does not try workers that are left alone; one
+                that has not tries the least bad of them.
+
+        Returns none if there is no home now.
         """
-        homes = [home for home in target.homes if home.worker not in tried]
-        if not homes:
-            raise self._no_engine(target)
-        if len(homes) == 1:
-            return homes[0]
-        if self._avoided:
-            now = time.monotonic()
-            homes = [h for h in homes if self._avoided.get(h.worker, 0.0) <= now] or homes
-        pair = self._random.sample(homes, min(2, len(homes)))
-        return min(pair, key=lambda home: self.in_flight[home.worker])
+        assert self._views is not None
+        homes = self._views.homes.get(target.served_name, ())
+        if tried or self.breakers.troubled:
+            homes = self._usable(homes, tried, patient)
+        if len(homes) < 2:
+            return homes[0] if homes else None
+        usual = max(homes, key=lambda home: ((key ^ home.salt) * _MIX) & _WORD)
+        other = homes[int(self._random.random() * (len(homes) - 1))]
+        if other is usual:
+            other = homes[-1]
+        return usual if self._load(usual) <= self._load(other) + self._slack else other
 
-    def avoid(self, worker: str) -> bool:
-        """Make a worker the last choice for a short time, or until the table changes.
+    def expected_wait(self, target: Target) -> float | None:
+        """Seconds that a request would wait for the best of its homes; none without any."""
+        assert self._views is not None
+        homes = self._views.homes.get(target.served_name, ())
+        if self.breakers.troubled:
+            homes = tuple(home for home in homes if self.breakers.allows(home.worker))
+        return min((home.lane.expected_wait(target.lane_name) for home in homes), default=None)
 
-        Returns whether that is news under the current table.
-        """
-        news = worker not in self._avoided
-        self._avoided[worker] = time.monotonic() + AVOID_S
-        return news
-
-    @contextmanager
-    def busy(self, home: Home) -> Iterator[None]:
-        """Count a request as in flight on a worker."""
-        self.in_flight[home.worker] += 1
-        try:
-            yield
-        finally:
-            self.in_flight[home.worker] -= 1
-
-    def _base_or_raise(self) -> Target:
-        if self._base is None:
-            raise NoEngineError(
-                "No engine is ready yet. Try again shortly; GET /ready tells when.",
-                retry_after_s=self._retry_after_s,
-            )
-        return self._base
-
-    def _no_engine(self, target: Target) -> NoEngineError:
+    def hopeless(self, target: Target) -> bool:
+        """Whether waiting for a home is in vain: all that were to hold it refused it or failed."""
+        assert self.table is not None
         if target.refused_by:
-            return NoEngineError(
+            return True
+        if target.expert is None:
+            states = {worker.state for worker in self.table.workers}
+        else:
+            placed = self._placed(target)
+            states = {w.state for w in self.table.workers if w.id in placed}
+        return states == {"failed"}
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait until a table or a worker's recovery may have changed what can be chosen."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            pass
+
+    def recovered(self, worker: str) -> None:
+        """A worker that was left alone has answered: whoever waits for a home may look again."""
+        self.breakers.answered(worker)
+        self._wake()
+
+    def no_engine(self, target: Target | None = None) -> NoEngineError:
+        """Why there is no home."""
+        retry_after_s = self._config.retry_after_s
+        if target is None:
+            message = "No engine is ready yet. Try again shortly; GET /ready tells when."
+        elif target.refused_by:
+            message = (
                 f"'{target.served_name}' was refused by its workers "
                 f"({', '.join(target.refused_by)}); GET /admin/status tells why. Use 'introvert' "
-                "or another model until it has been published again.",
-                retry_after_s=self._retry_after_s,
+                "or another model until it has been published again."
             )
-        return NoEngineError(
-            f"No engine that holds '{target.served_name}' can be reached now. Try again in "
-            f"{self._retry_after_s} s, or use another model; GET /ready tells what is missing.",
-            retry_after_s=self._retry_after_s,
-        )
+        else:
+            message = (
+                f"No engine that holds '{target.served_name}' can be reached now. Try again in "
+                f"{retry_after_s} s, or use another model; GET /ready tells what is missing."
+            )
+        return NoEngineError(message, retry_after_s=retry_after_s)
 
+    @property
+    def _slack(self) -> int:
+        return self._config.affinity_slack
 
-def _homes(table: RoutingTable) -> tuple[tuple[Home, ...], dict[str, list[Home]]]:
-    """Ready workers, and by served name those that hold it (as `RoutingTable.ready_workers`).
+    def _load(self, home: Home) -> int:
+        return self._counts.of(home.worker) + home.lane.waiting
 
-    One pass over the table: asking it once per expert would be quadratic in thousands of experts.
-    """
-    ready = []
-    holding: dict[str, list[Home]] = defaultdict(list)
-    for worker in table.workers:
-        if worker.state == "ready" and worker.url is not None:
-            home = Home(worker.id, worker.url.rstrip("/"))
-            ready.append(home)
-            for served_name in worker.experts:
-                holding[served_name].append(home)
-    return tuple(ready), holding
+    def _usable(self, homes: tuple[Home, ...], tried: set[str], patient: bool) -> tuple[Home, ...]:
+        """Homes not tried yet and not left alone; if all are, and none was tried, the least bad."""
+        left = [home for home in homes if home.worker not in tried]
+        allowed = tuple(home for home in left if self.breakers.allows(home.worker))
+        if allowed or tried or patient or not left:
+            return allowed
+        return (self.breakers.least_bad(left, lambda home: home.worker),)
 
+    def _home(self, worker: WorkerEntry) -> Home:
+        """A ready worker, with the lane that it has had before."""
+        assert worker.url is not None
+        config = self._config
+        lane = self._lanes.get(worker.id)
+        if lane is None:
+            lane = self._lanes[worker.id] = Lane(
+                limit=max(1, config.worker_concurrency // config.processes),
+                max_queue=config.max_queue,
+                group_wait_s=config.group_wait_s,
+                clock=self._clock,
+            )
+        slots = worker.slots
+        crowded = slots is not None and len(worker.experts) > slots
+        # An engine counts the experts of all gateways, so each gets its part of the slots.
+        lane.regroup(max(1, slots // config.processes) if slots is not None and crowded else None)
+        residency = self._residencies.get(worker.id)
+        if not crowded or slots is None:
+            self._residencies.pop(worker.id, None)
+            residency = None
+        elif residency is None or residency.slots != slots:
+            residency = self._residencies[worker.id] = Residency(slots)
+        return Home(worker.id, worker.url.rstrip("/"), lane, residency, salt_of(worker.id))
 
-def _target(
-    served_name: str,
-    expert: str | None,
-    version: str | None,
-    homes: tuple[Home, ...],
-    refused_by: tuple[str, ...] = (),
-) -> Target:
-    return Target(
-        served_name=served_name,
-        expert=expert,
-        version=version,
-        homes=homes,
-        model_json=msgspec.Raw(msgspec.json.encode(served_name)),
-        refused_by=refused_by,
-    )
+    def _placed(self, target: Target) -> set[str]:
+        assert self.table is not None
+        experts = list(self.table.experts)
+        if self.table.canary is not None:
+            experts += self.table.canary.experts
+        return {w for e in experts if e.served_name == target.served_name for w in e.workers}
+
+    def _views_or_raise(self) -> Views:
+        if self._views is None:
+            raise self.no_engine()
+        return self._views
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

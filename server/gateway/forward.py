@@ -1,8 +1,8 @@
 """One request through the gateway: read, choose, hand to an engine, hand the answer back.
 
 The hot path. An `Exchange` is a bare ASGI application, so that between uvicorn and the engine's
-connection there is nothing but this. What a model name means, where a text goes and how an engine
-fails are the other modules' business.
+connection there is nothing but this. What a model name means, where a text goes, who waits for
+whom and how an engine fails are the other modules' business.
 """
 
 from __future__ import annotations
@@ -10,46 +10,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+import uuid
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
 from router.types import Route
-from server.gateway.choice import ROUTED_MODEL, Home, Target
-from server.gateway.client import CLIENT_GONE, ClientGoneError, HangUp, read_body
-from server.gateway.engine_errors import read_engine_error
+from server.gateway.admission import Group
+from server.gateway.choice import ROUTED_MODEL, conversation_key
+from server.gateway.client import (
+    CLIENT_GONE,
+    ClientGoneError,
+    Lifeline,
+    abort_connection,
+    read_body,
+)
 from server.gateway.errors import (
-    EngineTimeoutError,
+    DeadlineError,
+    ForbiddenModelError,
     GatewayError,
     InternalError,
     body_of,
-    event_of,
 )
 from server.gateway.parts import Parts
-from server.gateway.protocol import NOT_RETURNED, Call, Endpoint, Head, read_head
+from server.gateway.passage import Passage
+from server.gateway.protocol import Call, Endpoint, Head, read_head
+from server.gateway.queueing import wait_for_worker
+from server.gateway.returning import hand_back, note_failure
 from server.gateway.upstream import UnreachableError
+from server.gateway.views import Home, Target
 
 logger = logging.getLogger(__name__)
-
-RawHeaders = list[tuple[bytes, bytes]]
-
-
-@dataclass(slots=True)
-class Progress:
-    """What has become of one request so far; headers, metrics and error answers come from it."""
-
-    request_id: str = ""
-    target: Target | None = None
-    home: Home | None = None
-    route: Route | None = None
-    status: int = 0
-    """Status sent to the client; 0 before any was."""
-    began: float = 0.0
-    """When the whole body had come; seconds on the performance counter."""
-    route_s: float = 0.0
-    engine_s: float = 0.0
-    """Waiting for the engine, workers that could not be reached included."""
 
 
 class Exchange:
@@ -61,186 +52,256 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        progress = Progress()
+        passage = Passage(self._endpoint)
+        observation = passage.observation
+        observation.endpoint = self._endpoint.path
         try:
-            await self._answer(progress, scope, receive, send)
+            await self._answer(passage, scope, receive, send)
         except ClientGoneError:
-            progress.status = CLIENT_GONE
+            observation.status = CLIENT_GONE
         except GatewayError as error:
-            await self._refuse(progress, error, send)
+            await self._refuse(passage, error, send)
         except Exception:
-            if progress.status:
+            if observation.status:
                 raise  # too late for an answer: the server closes the connection
-            logger.exception("request failed", extra={"request_id": progress.request_id})
+            logger.exception("request failed", extra={"request_id": observation.request_id})
             failure = InternalError(
                 "The gateway failed on this request. Its log tells why, under the request id "
-                f"{progress.request_id}."
+                f"{observation.request_id}."
             )
-            await self._refuse(progress, failure, send)
+            await self._refuse(passage, failure, send)
         finally:
-            self._parts.metrics.request_ended(
-                self._endpoint.path,
-                progress.target.label if progress.target else None,
-                progress.home.worker if progress.home else None,
-                progress.status,
+            observation.ended = time.perf_counter()
+            self._parts.recorder.ended(observation)
+
+    async def _answer(self, passage: Passage, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the request and serve it for as long as that makes sense."""
+        parts, observation = self._parts, passage.observation
+        config = parts.config
+        arrived = time.perf_counter()
+        head = passage.head = read_head(scope, config.max_header_bytes)
+        observation.request_id = head.request_id
+        tenant = passage.tenant = parts.keyring.identify(scope["headers"])
+        observation.tenant = tenant.name
+        with parts.keyring.admit(tenant):
+            body = await read_body(
+                receive, head.content_length, config.max_body_bytes, config.client_timeout_s
             )
+            observation.began = time.perf_counter()
+            self._tell(passage, head)
+            passage.call = Call(body)
+            task = asyncio.current_task()
+            assert task is not None
+            lifeline = passage.lifeline = Lifeline(receive, task)
+            try:
+                seconds = _seconds(head, config.deadline_s)
+                if seconds is not None:
+                    lifeline.limit(max(0.0, arrived + seconds - observation.began))
+                await self._pass(passage, send)
+            except asyncio.CancelledError:
+                if not lifeline.end:
+                    raise
+                task.uncancel()
+                if lifeline.end == "deadline":
+                    raise _too_late(seconds) from None
+                if lifeline.end == "stalled":
+                    abort_connection(receive)
+                raise ClientGoneError from None
+            finally:
+                lifeline.stop()
 
-    async def _answer(self, progress: Progress, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the request and serve it for as long as its client is there."""
-        head = read_head(scope)
-        progress.request_id = head.request_id
-        body = await read_body(receive, head.content_length, self._parts.config.max_body_bytes)
-        progress.began = time.perf_counter()
-        call = Call(body)
-        task = asyncio.current_task()
-        assert task is not None
-        hang_up = HangUp(receive, task)
-        try:
-            progress.target = await self._target(progress, call)
-            await self._serve(progress, progress.target, head, call, send)
-        except asyncio.CancelledError:
-            if not hang_up.happened:
-                raise
-            task.uncancel()
-            raise ClientGoneError from None
-        finally:
-            hang_up.stop()
+    def _tell(self, passage: Passage, head: Head) -> None:
+        """Tell the recorder of the request, and the engine what the recorder has to say."""
+        observation, forwarded = passage.observation, head.forwarded
+        for name in ("traceparent", "tracestate"):
+            if (value := forwarded.get(name)) is not None:
+                observation.trace_headers[name] = value
+        self._parts.recorder.began(observation)
+        if observation.trace_headers:
+            forwarded.update(observation.trace_headers)
 
-    async def _target(self, progress: Progress, call: Call) -> Target:
-        chooser = self._parts.chooser
+    async def _pass(self, passage: Passage, send: Send) -> None:
+        """Find out who is asked, within one bundle, and ask."""
+        chooser, call = self._parts.chooser, passage.call
+        assert call is not None
+        prompt = call.field(self._endpoint.routed_fields[0], self._parts.config.max_prompt_bytes)
+        passage.key = key = conversation_key(prompt)
+        view = chooser.view(key)
         if call.model != ROUTED_MODEL:
-            return chooser.named(call.model)
+            view, target = chooser.named(call.model, view)
+            passage.view, passage.target = view, target
+            if not passage.tenant.may_ask(target.label):
+                raise _forbidden(target.label)
+            await self._serve_in_view(passage, send)
+            return
+        if view is not chooser.served and not self._parts.routing.ready(view.bundle):
+            view = chooser.served
+        passage.view = view
+        await self._serve_in_view(passage, send)
+
+    async def _serve_in_view(self, passage: Passage, send: Send) -> None:
+        """Serve a request that has taken its view, counted as one of that bundle's."""
+        view, observation = passage.view, passage.observation
+        assert view is not None
+        in_flight = self._parts.chooser.in_flight_bundles
+        observation.bundle = view.bundle
+        in_flight[view.bundle] += 1
+        try:
+            target = passage.target
+            if target is None:
+                target = passage.target = await self._routed(passage)
+            observation.expert = target.label
+            observation.expert_version = target.version or ""
+            await self._serve(passage, send)
+        finally:
+            in_flight[view.bundle] -= 1
+
+    async def _routed(self, passage: Passage) -> Target:
+        """The target of a request that is routed by meaning."""
+        call, view, observation = passage.call, passage.view, passage.observation
+        assert call is not None
+        assert view is not None
         began = time.perf_counter()
         try:
             fields = call.values(self._endpoint.routed_fields)
-            (route,) = await self._parts.routing.route(self._endpoint.kind, [fields])
+            (route,) = await self._parts.routing.route(
+                self._endpoint.kind, [fields], bundle=view.bundle
+            )
         finally:
-            progress.route_s = time.perf_counter() - began
-        self._parts.metrics.routed(progress.route_s, abstained=route.abstained)
-        progress.route = route
-        return chooser.routed(route.expert)
+            observation.route_s = time.perf_counter() - began
+        observation.route = route
+        observation.routed_by = route.by
+        target = view.routed(route.expert)
+        if passage.tenant.experts is None or passage.tenant.may_ask(target.label):
+            return target
+        return self._allowed(passage, route)
 
-    async def _serve(
-        self, progress: Progress, target: Target, head: Head, call: Call, send: Send
-    ) -> None:
+    def _allowed(self, passage: Passage, route: Route) -> Target:
+        """The best that the tenant may ask, where the routed expert is not among it."""
+        view, tenant = passage.view, passage.tenant
+        assert view is not None
+        for candidate in () if route.abstained else route.top:
+            target = view.by_expert.get(candidate.expert)
+            if target is not None and not target.refused_by and tenant.may_ask(target.label):
+                return target
+        if tenant.may_ask(view.base.label):
+            return view.base
+        raise _forbidden(route.expert or view.base.label)
+
+    async def _serve(self, passage: Passage, send: Send) -> None:
         """Hand the call to one of its homes; on to the next as long as none has seen it.
 
         A request that an engine has begun is not sent to another: one that kills its engine would
         be carried from replica to replica.
         """
-        chooser, upstream, metrics = self._parts.chooser, self._parts.upstream, self._parts.metrics
-        body = call.body_for(target.model_json)
+        parts, observation, target = self._parts, passage.observation, passage.target
+        chooser = parts.chooser
+        assert target is not None
         tried: set[str] = set()
         while True:
-            home = chooser.choose(target, tried)
-            if tried:
-                metrics.retries.inc()
-            progress.home = home
-            began = time.perf_counter()
-            with chooser.busy(home):
-                try:
-                    response = await upstream.post(
-                        home.url, self._endpoint.path, body, head.forwarded
-                    )
-                except UnreachableError as error:
-                    metrics.upstream_failed(home.worker, "unreachable")
-                    if chooser.avoid(home.worker):
-                        logger.warning("%s cannot be reached: %s", home.worker, error)
-                    tried.add(home.worker)
-                    continue
-                except GatewayError as error:
-                    self._note_failure(home, error)
-                    raise
-                finally:
-                    progress.engine_s += time.perf_counter() - began
-                metrics.upstream_first_byte_seconds.observe(time.perf_counter() - began)
-                try:
-                    await self._hand_back(progress, response, call, send)
-                finally:
-                    response.close()
+            home = chooser.choose(target, passage.key, tried)
+            ticket = home.lane.enter(target.lane_name) if home is not None else None
+            if home is None or ticket is None:
+                home, ticket = await wait_for_worker(parts, passage, home, tried)
+                target = passage.target
+                assert target is not None
+                observation.expert = target.label
+                observation.expert_version = target.version or ""
+            if await self._ask(passage, home, ticket, send):
                 return
+            tried.add(home.worker)
+            observation.retries += 1
 
-    async def _hand_back(
-        self, progress: Progress, response: aiohttp.ClientResponse, call: Call, send: Send
-    ) -> None:
-        assert progress.home is not None
-        if response.status < 400 and response.content_type == "text/event-stream":
-            await self._stream(progress, response, send)
-            return
+    async def _ask(self, passage: Passage, home: Home, ticket: Group, send: Send) -> bool:
+        """Ask one worker, whose lane has let the request in; false if it cannot be reached."""
+        parts, observation, target = self._parts, passage.observation, passage.target
+        assert target is not None
+        counts, breakers, worker = parts.counts, parts.chooser.breakers, home.worker
+        passage.home = home
+        observation.worker = worker
+        if home.residency is not None and target.expert is not None:
+            observation.cold = home.residency.touch(target.served_name)
+        trial = breakers.began(worker) if breakers.troubled else False
+        verdict = False
+        served: float | None = None
+        counts.add(worker, 1)
         began = time.perf_counter()
         try:
-            body = await self._parts.upstream.whole(response)
+            response = await self._post(passage, home)
+            observation.engine_s += time.perf_counter() - began
+            if breakers.troubled:
+                parts.chooser.recovered(worker)
+            try:
+                whole = await hand_back(parts, passage, response, send)
+            finally:
+                response.close()
+            verdict = True
+            if whole:
+                served = time.perf_counter() - began
+                if breakers.troubled:
+                    breakers.succeeded(worker)
+            return True
+        except UnreachableError as error:
+            verdict = True
+            observation.engine_s += time.perf_counter() - began
+            parts.metrics.upstream_failed(worker, "unreachable")
+            if breakers.failed(worker):
+                logger.warning("%s cannot be reached and is left alone: %s", worker, error)
+            return False
         except GatewayError as error:
-            self._note_failure(progress.home, error)
+            verdict = True
+            if note_failure(parts, worker, error):
+                logger.warning("%s keeps failing and is left alone: %s", worker, error.code)
             raise
-        progress.engine_s += time.perf_counter() - began
-        headers = _returned(response, progress)
-        if response.status >= 400:
-            if response.status >= 500:
-                self._parts.metrics.upstream_failed(progress.home.worker, "answer")
-            table = self._parts.chooser.table
-            refusal = read_engine_error(
-                response.status, body, call, table.max_model_len if table else None
-            )
-            body = body_of(refusal, self._endpoint.dialect)
-            headers = [(n, v) for n, v in headers if n.lower() != b"content-type"]
-            headers.append((b"content-type", b"application/json"))
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._start(progress, response.status, headers, send)
-        await send({"type": "http.response.body", "body": body})
+        finally:
+            if trial and not verdict:
+                breakers.abandoned(worker)
+            counts.add(worker, -1)
+            home.lane.leave(ticket, served)
+            wanted = passage.wanted
+            if wanted is not None:
+                parts.chooser.demand[wanted] += time.perf_counter() - began
 
-    async def _stream(
-        self, progress: Progress, response: aiohttp.ClientResponse, send: Send
-    ) -> None:
-        assert progress.home is not None
-        await self._start(progress, response.status, _returned(response, progress), send)
-        last = b""
-        try:
-            async for data in self._parts.upstream.events(response):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except GatewayError as error:
-            self._note_failure(progress.home, error)
-            last = event_of(error, self._endpoint.dialect)
-        await send({"type": "http.response.body", "body": last})
+    async def _post(self, passage: Passage, home: Home) -> aiohttp.ClientResponse:
+        call, head, target = passage.call, passage.head, passage.target
+        assert call is not None
+        assert head is not None
+        assert target is not None
+        return await self._parts.upstream.post(
+            home.url, self._endpoint.path, call.body_for(target.model_json), head.forwarded
+        )
 
-    async def _start(
-        self, progress: Progress, status: int, headers: RawHeaders, send: Send
-    ) -> None:
-        own = time.perf_counter() - progress.began - progress.route_s - progress.engine_s
-        self._parts.metrics.forward_overhead_seconds.observe(own)
-        progress.status = status
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _refuse(self, progress: Progress, error: GatewayError, send: Send) -> None:
+    async def _refuse(self, passage: Passage, error: GatewayError, send: Send) -> None:
+        observation = passage.observation
         body = body_of(error, self._endpoint.dialect)
-        progress.status = error.status
+        observation.status = error.status
+        observation.error = error.code
+        observation.request_id = observation.request_id or uuid.uuid4().hex
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", progress.request_id.encode()),
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", observation.request_id.encode()),
             *error.headers,
         ]
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _note_failure(self, home: Home, error: GatewayError) -> None:
-        kind = "timeout" if isinstance(error, EngineTimeoutError) else "lost"
-        self._parts.metrics.upstream_failed(home.worker, kind)
-        logger.warning("%s failed during a request: %s", home.worker, kind)
+
+def _seconds(head: Head, limit: float | None) -> float | None:
+    """How long a request may take: as its client says, and no longer than configured."""
+    if head.deadline_s is None:
+        return limit
+    return head.deadline_s if limit is None else min(limit, head.deadline_s)
 
 
-def _returned(response: aiohttp.ClientResponse, progress: Progress) -> RawHeaders:
-    """The engine's headers, less those of its connection, and what this gateway has to say."""
-    target, home, route = progress.target, progress.home, progress.route
-    assert target is not None
-    assert home is not None
-    headers = [(n, v) for n, v in response.raw_headers if n.lower() not in NOT_RETURNED]
-    headers += (
-        (b"x-request-id", progress.request_id.encode()),
-        (b"x-introvert-expert", target.label.encode()),
-        (b"x-introvert-expert-version", (target.version or "none").encode()),
-        (b"x-introvert-worker", home.worker.encode()),
-        (b"x-introvert-route-score", b"%.4f" % route.score if route else b"nan"),
-        (b"x-introvert-route-ms", b"%.3f" % (progress.route_s * 1000)),
+def _too_late(seconds: float | None) -> DeadlineError:
+    return DeadlineError(
+        f"The request was not answered within its {seconds or 0:g} s. Allow it more time, ask for "
+        "fewer tokens, or stream."
     )
-    return headers
+
+
+def _forbidden(model: str) -> ForbiddenModelError:
+    return ForbiddenModelError(
+        f"This API key may not ask '{model}'. GET /v1/models lists what it may.", param="model"
+    )

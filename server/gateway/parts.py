@@ -49,10 +49,11 @@ class Parts:
         """
         gateway = config.gateway
         metrics = Metrics()
+        counts = seat.counts(IN_FLIGHT_FILE)
         parts = cls(
             config=gateway,
             seat=seat,
-            chooser=Chooser(seed=config.seed, retry_after_s=gateway.retry_after_s),
+            chooser=Chooser(gateway, counts, seed=config.seed),
             readiness=Readiness(),
             routing=Routing(router_source, retry_after_s=gateway.retry_after_s),
             upstream=Upstream(gateway),
@@ -61,7 +62,7 @@ class Parts:
                 counts=seat.counts(TENANTS_FILE),
                 rates=seat.rates(),
             ),
-            counts=seat.counts(IN_FLIGHT_FILE),
+            counts=counts,
             metrics=metrics,
             recorder=RequestRecorder(metrics),
             started=datetime.now(UTC),

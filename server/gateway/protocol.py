@@ -7,6 +7,7 @@ expert and no answer.
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Iterable
@@ -20,9 +21,11 @@ from starlette.types import Scope
 from router.conversation import Endpoint as RequestKind
 from server.gateway.errors import (
     Dialect,
+    HeadersTooLargeError,
     InvalidJsonError,
     InvalidParameterError,
     MissingParameterError,
+    PromptTooLargeError,
 )
 
 
@@ -60,6 +63,9 @@ ENDPOINTS = (
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
+DEADLINE = b"x-introvert-deadline-ms"
+"""Header in which a client says how long it would wait."""
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -84,6 +90,7 @@ RESTATED = frozenset(
         b"accept-encoding",
         b"expect",
         b"x-request-id",
+        DEADLINE,
     }
 )
 """Headers that are written anew for the engine."""
@@ -104,23 +111,44 @@ class Head:
     content_length: int | None
     forwarded: CIMultiDict[str]
     """Headers for the engine."""
+    deadline_s: float | None = None
+    """How long the client would wait, if it says so."""
 
 
-def read_head(scope: Scope) -> Head:
-    """Sort a request's headers in one pass."""
+def read_head(scope: Scope, limit: int | None = None) -> Head:
+    """Sort a request's headers in one pass.
+
+    Args:
+        scope: of the request.
+        limit: bytes that all headers may have together; none: any number.
+
+    Raises:
+        HeadersTooLargeError: they are larger.
+        InvalidParameterError: the deadline is no positive number.
+    """
     request_id = None
     content_length = None
+    deadline_s = None
+    size = 0
     dropped = NOT_FORWARDED
     forwarded: CIMultiDict[str] = CIMultiDict()
     for name, value in scope["headers"]:
+        size += len(name) + len(value)
         if name == b"content-length":
             content_length = int(value)
         elif name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             request_id = value.decode("ascii")
         elif name == b"connection" and (named := _named_by_connection(value)):
             dropped = dropped | named
+        elif name == DEADLINE:
+            deadline_s = _seconds(value)
         if name not in dropped:
             forwarded.add(name.decode("latin-1"), value.decode("latin-1"))
+    if limit is not None and size > limit:
+        raise HeadersTooLargeError(
+            f"The headers are larger than the limit of {limit} bytes. Send fewer, or have "
+            "'gateway.max_header_bytes' raised."
+        )
     if dropped is not NOT_FORWARDED:
         for name in dropped:
             forwarded.popall(name.decode("latin-1"), None)
@@ -128,7 +156,7 @@ def read_head(scope: Scope) -> Head:
     forwarded["x-request-id"] = request_id
     forwarded["content-type"] = "application/json"
     forwarded["accept-encoding"] = "identity"
-    return Head(request_id, content_length, forwarded)
+    return Head(request_id, content_length, forwarded, deadline_s)
 
 
 Value = TypeVar("Value")
@@ -136,6 +164,7 @@ Value = TypeVar("Value")
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STRING = msgspec.json.Decoder(str)
 _ANY = msgspec.json.Decoder()
+_NOTHING = memoryview(b"")
 
 
 class Call:
@@ -165,6 +194,24 @@ class Call:
         """The body with another model; every other value keeps its bytes and its place."""
         self._fields["model"] = model
         return msgspec.json.encode(self._fields)
+
+    def field(self, name: str, limit: int) -> memoryview:
+        """The bytes of a field, as they came; empty where it is not there.
+
+        Raises:
+            PromptTooLargeError: they are more than `limit`.
+        """
+        raw = self._fields.get(name)
+        if raw is None:
+            return _NOTHING
+        view = memoryview(raw)
+        if view.nbytes > limit:
+            raise PromptTooLargeError(
+                f"'{name}' is larger than the limit of {limit} bytes. Send a shorter one, or have "
+                "'gateway.max_prompt_bytes' raised.",
+                param=name,
+            )
+        return view
 
     def values(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the fields that are there, as Python values.
@@ -218,6 +265,19 @@ def _value(name: str, raw: msgspec.Raw, decoder: msgspec.json.Decoder[Value]) ->
         raise InvalidJsonError(
             f"'{name[:200]}' is nested too deeply. Send a flatter one.", param=name
         ) from None
+
+
+def _seconds(milliseconds: bytes) -> float:
+    try:
+        seconds = float(milliseconds) / 1000
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidParameterError(
+            f"'{DEADLINE.decode()}' must be a positive number of milliseconds.",
+            param=DEADLINE.decode(),
+        )
+    return seconds
 
 
 def _named_by_connection(value: bytes) -> frozenset[bytes]:

@@ -31,8 +31,15 @@ class UnreachableError(Exception):
 class Upstream:
     """Pooled connections to all engines."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, *, engine_key: str | None = None) -> None:
+        """A pool that is not open yet.
+
+        Args:
+            config: timeouts, and connections at the most.
+            engine_key: what engines ask for; none: nothing.
+        """
         self._config = config
+        self._authorization = f"Bearer {engine_key}" if engine_key else None
         self._session: aiohttp.ClientSession | None = None
         self._urls: dict[tuple[str, str], URL] = {}
 
@@ -68,6 +75,8 @@ class Upstream:
             EngineTimeoutError: the engine was silent for too long.
         """
         assert self._session is not None, "start() comes first"
+        if self._authorization is not None:
+            headers["authorization"] = self._authorization
         try:
             return await self._session.post(
                 self._url(root, path), data=body, headers=headers, allow_redirects=False

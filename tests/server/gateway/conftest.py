@@ -396,7 +396,8 @@ async def house(start_engine: StartEngine, start_gateway: StartGateway) -> House
     sport = await start_engine(name="sport")
     law = await start_engine(name="law")
     table = make_table(1, make_worker(0, sport.url, [SPORT]), make_worker(1, law.url, [LAW]))
-    return House(await start_gateway(table), sport, law)
+    gateway = await start_gateway(table, queue_timeout_s=0.3, affinity_slack=0)
+    return House(gateway, sport, law)
 
 
 def chat(model: str, text: str = "hello", **more: Any) -> dict[str, Any]:

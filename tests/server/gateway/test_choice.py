@@ -2,43 +2,83 @@
 
 from __future__ import annotations
 
+import json
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.gateway.choice import Chooser
+from configs.schema import GatewayConfig
+from server.gateway.choice import Chooser, conversation_key
+from server.gateway.counts import LocalCounts
 from server.gateway.errors import ModelNotFoundError, NoEngineError
-from server.table import ExpertHome
+from server.gateway.views import Target, View
+from server.table import Canary, ExpertHome, RoutingTable
 from tests.server.gateway.conftest import BASE, LAW, SPORT, make_table, make_worker
 
+NEW_SPORT = "expert-0000@eeeeeeeeeeee"
 
-def chooser_with(*experts_of_workers: list[str]) -> Chooser:
-    chooser = Chooser(seed=0, retry_after_s=5)
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_chooser(clock: Clock | None = None, **gateway: Any) -> Chooser:
+    config = GatewayConfig(retry_after_s=5, **gateway)
+    return Chooser(config, LocalCounts(), clock=clock or time.monotonic)
+
+
+def table_with(*experts_of_workers: list[str], **changes: Any) -> RoutingTable:
     workers = (
         make_worker(number, f"http://host:{number}", experts)
         for number, experts in enumerate(experts_of_workers)
     )
-    chooser.update(make_table(1, *workers))
+    return make_table(1, *workers, **changes)
+
+
+def chooser_with(
+    *experts_of_workers: list[str], clock: Clock | None = None, **gateway: Any
+) -> Chooser:
+    chooser = make_chooser(clock, **gateway)
+    chooser.update(table_with(*experts_of_workers))
     return chooser
 
 
+def target_of(chooser: Chooser, name: str) -> Target:
+    return chooser.named(name)[1]
+
+
+def worker_of(chooser: Chooser, target: Target, key: int = 0, tried: set[str] | None = None) -> str:
+    home = chooser.choose(target, key, tried or set())
+    assert home is not None
+    return home.worker
+
+
 def test_before_the_first_table() -> None:
-    chooser = Chooser(seed=0, retry_after_s=5)
+    chooser = make_chooser()
     with pytest.raises(NoEngineError) as caught:
         chooser.named("expert-0000")
     assert caught.value.retry_after_s == 5
     with pytest.raises(NoEngineError):
         chooser.routed(None)
+    with pytest.raises(NoEngineError):
+        chooser.view(0)
 
 
 def test_names() -> None:
     chooser = chooser_with([SPORT], [LAW])
-    assert chooser.named("expert-0000") is chooser.named(SPORT) is chooser.routed("expert-0000")
-    assert chooser.named(BASE) is chooser.routed(None) is chooser.routed("expert-0009")
-    assert [home.worker for home in chooser.named(BASE).homes] == ["worker-0", "worker-1"]
-    assert [home.worker for home in chooser.named(LAW).homes] == ["worker-1"]
+    sport, base = target_of(chooser, SPORT), target_of(chooser, BASE)
+    assert target_of(chooser, "expert-0000") is sport is chooser.routed("expert-0000")
+    assert base is chooser.routed(None) is chooser.routed("expert-0009")
+    assert [home.worker for home in base.homes] == ["worker-0", "worker-1"]
+    assert [home.worker for home in target_of(chooser, LAW).homes] == ["worker-1"]
 
 
 @pytest.mark.parametrize("name", ["", "expert-0002", "expert-0000@", "@aaaaaaaaaaaa", "introvert"])
@@ -48,7 +88,7 @@ def test_names_that_mean_nothing(name: str) -> None:
 
 
 def test_only_ready_workers_are_homes() -> None:
-    chooser = Chooser(seed=0, retry_after_s=5)
+    chooser = make_chooser()
     chooser.update(
         make_table(
             1,
@@ -57,63 +97,197 @@ def test_only_ready_workers_are_homes() -> None:
             make_worker(2, "http://host:2/", [SPORT]),
         )
     )
-    assert [home.url for home in chooser.named(SPORT).homes] == ["http://host:2"]
+    assert [home.url for home in target_of(chooser, SPORT).homes] == ["http://host:2"]
 
 
-@given(loads=st.lists(st.integers(0, 9), min_size=2, max_size=8), seed=st.integers(0, 99))
-def test_never_the_most_loaded_when_another_is_less(loads: list[int], seed: int) -> None:
-    chooser = Chooser(seed=seed, retry_after_s=5)
-    workers = (make_worker(n, f"http://host:{n}", [SPORT]) for n in range(len(loads)))
-    chooser.update(make_table(1, *workers))
-    chooser.in_flight.update({f"worker-{n}": load for n, load in enumerate(loads)})
-    chosen = chooser.choose(chooser.named(SPORT), set())
-    load = chooser.in_flight[chosen.worker]
+@given(loads=st.lists(st.integers(0, 9), min_size=2, max_size=8), key=st.integers(0, 2**32 - 1))
+def test_never_the_most_loaded_when_another_is_less(loads: list[int], key: int) -> None:
+    counts = LocalCounts()
+    chooser = Chooser(GatewayConfig(affinity_slack=0), counts)
+    chooser.update(table_with(*([SPORT] for _ in loads)))
+    for number, load in enumerate(loads):
+        counts.add(f"worker-{number}", load)
+    load = counts.of(worker_of(chooser, target_of(chooser, SPORT), key))
     assert sorted(loads).index(load) <= len(loads) - 2
     if len(loads) == 2:
         assert load == min(loads)
 
 
+@given(keys=st.sets(st.integers(0, 2**32 - 1), min_size=1, max_size=20))
+def test_a_conversation_stays_with_its_replica(keys: set[int]) -> None:
+    chooser = chooser_with([SPORT], [SPORT], [SPORT])
+    target = target_of(chooser, SPORT)
+    usual = {key: worker_of(chooser, target, key) for key in keys}
+    assert usual == {key: worker_of(chooser, target, key) for key in keys}
+    # The loss of a worker moves the conversations that it had, and no others.
+    chooser.update(table_with([SPORT], [SPORT]))
+    for key, worker in usual.items():
+        assert worker == "worker-2" or worker_of(chooser, target, key) == worker
+
+
+def test_replicas_share_the_conversations() -> None:
+    chooser = chooser_with([SPORT], [SPORT], [SPORT])
+    target = target_of(chooser, SPORT)
+    usual = [
+        worker_of(chooser, target, conversation_key(json.dumps([n]).encode())) for n in range(3000)
+    ]
+    assert all(800 < usual.count(f"worker-{n}") < 1200 for n in range(3))
+
+
+def test_a_busy_replica_loses_its_conversations_beyond_the_slack() -> None:
+    counts = LocalCounts()
+    chooser = Chooser(GatewayConfig(affinity_slack=4), counts)
+    chooser.update(table_with([SPORT], [SPORT]))
+    target = target_of(chooser, SPORT)
+    usual = worker_of(chooser, target, 7)
+    counts.add(usual, 4)
+    assert worker_of(chooser, target, 7) == usual
+    counts.add(usual, 1)
+    assert worker_of(chooser, target, 7) != usual
+
+
+def test_the_turns_of_a_conversation_have_one_key() -> None:
+    first = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi {x}"}]
+    answer = {"role": "assistant", "content": "hello"}
+    turns = [first, [*first, answer, {"role": "user", "content": "and now?"}]]
+    for separators in ((",", ":"), (", ", ": ")):
+        keys = {
+            conversation_key(json.dumps(turn, separators=separators).encode()) for turn in turns
+        }
+        assert len(keys) == 1
+    other = [first[0], {"role": "user", "content": "ho"}]
+    assert conversation_key(json.dumps(other).encode()) not in keys
+    long = b'[{"role":"user","content":"' + b"x" * 2000
+    assert conversation_key(long) == conversation_key(long + b'y"}]')
+    assert conversation_key(b"") == conversation_key(memoryview(b""))
+
+
 def test_homes_that_were_tried_are_not_tried_again() -> None:
     chooser = chooser_with([SPORT], [SPORT], [SPORT])
-    target, tried = chooser.named(SPORT), set[str]()
+    target, tried = target_of(chooser, SPORT), set[str]()
     for _ in range(3):
-        tried.add(chooser.choose(target, tried).worker)
+        tried.add(worker_of(chooser, target, tried=tried))
     assert tried == {"worker-0", "worker-1", "worker-2"}
-    with pytest.raises(NoEngineError):
-        chooser.choose(target, tried)
+    assert chooser.choose(target, 0, tried) is None
 
 
-def test_an_avoided_worker_is_the_last_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser = chooser_with([SPORT], [SPORT])
-    target = chooser.named(SPORT)
-    assert chooser.avoid("worker-0")
-    assert not chooser.avoid("worker-0")
-    assert {chooser.choose(target, set()).worker for _ in range(20)} == {"worker-1"}
-    chooser.avoid("worker-1")
-    assert {chooser.choose(target, set()).worker for _ in range(20)} == {"worker-0", "worker-1"}
-    later = time.monotonic() + 10
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert {chooser.choose(target, set()).worker for _ in range(20)} == {"worker-0", "worker-1"}
+def test_a_failing_worker_is_left_alone_and_tried_again() -> None:
+    clock = Clock()
+    chooser = chooser_with([SPORT], [SPORT], clock=clock, breaker_failures=2, breaker_pause_s=1)
+    target = target_of(chooser, SPORT)
+    everywhere = {worker_of(chooser, target, key) for key in range(20)}
+    chooser.breakers.failed("worker-0")
+    assert {worker_of(chooser, target, key) for key in range(20)} == everywhere
+    chooser.breakers.failed("worker-0")
+    assert {worker_of(chooser, target, key) for key in range(20)} == {"worker-1"}
+    chooser.breakers.failed("worker-1")
+    clock.now += 0.5
+    chooser.breakers.failed("worker-1")
+    # All are left alone: the one whose trial comes first is tried, unless one waits already.
+    assert {worker_of(chooser, target, key) for key in range(20)} == {"worker-0"}
+    assert chooser.choose(target, 0, set(), patient=True) is None
+    assert chooser.expected_wait(target) is None
+    clock.now += 0.6
+    assert {worker_of(chooser, target, key) for key in range(20)} == {"worker-0"}
 
 
-def test_a_new_table_forgives() -> None:
-    chooser = chooser_with([SPORT], [SPORT])
-    chooser.avoid("worker-0")
-    assert chooser.table is not None
-    chooser.update(chooser.table)
-    target = chooser.named(SPORT)
-    assert {chooser.choose(target, set()).worker for _ in range(20)} == {"worker-0", "worker-1"}
+def test_another_engine_is_forgiven() -> None:
+    chooser = chooser_with([SPORT], [SPORT], breaker_failures=1)
+    target = target_of(chooser, SPORT)
+    chooser.breakers.failed("worker-0")
+    chooser.update(table_with([SPORT], [SPORT]))
+    assert chooser.breakers.troubled
+    workers = [make_worker(0, "http://host:9", [SPORT]), make_worker(1, "http://host:1", [SPORT])]
+    chooser.update(make_table(2, *workers))
+    assert not chooser.breakers.troubled
+    assert {worker_of(chooser, target, key) for key in range(20)} == {"worker-0", "worker-1"}
 
 
-def test_counts_outlive_tables_and_end_with_the_request() -> None:
-    chooser = chooser_with([SPORT])
-    home = chooser.choose(chooser.named(SPORT), set())
-    with chooser.busy(home):
-        chooser.update(make_table(2))
-        assert chooser.in_flight == {"worker-0": 1}
+def test_requests_are_shown_for_workers_of_the_table_and_those_that_still_run() -> None:
+    counts = LocalCounts()
+    chooser = Chooser(GatewayConfig(), counts)
+    chooser.update(table_with([SPORT]))
     assert chooser.in_flight == {"worker-0": 0}
-    chooser.update(make_table(3))
+    counts.add("worker-0", 1)
+    chooser.update(make_table(2))
+    assert chooser.in_flight == {"worker-0": 1}
+    counts.add("worker-0", -1)
     assert chooser.in_flight == {}
+
+
+def with_canary(share: float) -> RoutingTable:
+    home = ExpertHome(
+        id="expert-0000",
+        version="eeeeeeeeeeee",
+        served_name=NEW_SPORT,
+        cluster=0,
+        workers=["worker-0"],
+    )
+    canary = Canary(bundle="dddddddddddd", place="next", share=share, experts=[home])
+    return table_with([SPORT, LAW, NEW_SPORT], canary=canary)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 0.25), (1.0, 1)])
+def test_a_canary_gets_its_share_of_the_conversations(share: float, expected: float) -> None:
+    chooser = make_chooser()
+    chooser.update(with_canary(share))
+    keys = [conversation_key(json.dumps([n]).encode()) for n in range(2000)]
+    views = [chooser.view(key).bundle for key in keys]
+    assert views.count("dddddddddddd") / len(views) == pytest.approx(expected, abs=0.04)
+    assert views == [chooser.view(key).bundle for key in keys]
+
+
+def test_versions_are_found_in_whichever_bundle_has_them() -> None:
+    chooser = make_chooser()
+    chooser.update(with_canary(0.5))
+    served, canary = chooser.view(2**32 - 1), chooser.view(0)
+    assert (served.bundle, canary.bundle) == ("cccccccccccc", "dddddddddddd")
+
+    def found(name: str, view: View) -> tuple[str, str]:
+        of, target = chooser.named(name, view)
+        return of.bundle, target.served_name
+
+    assert found("expert-0000", served) == ("cccccccccccc", SPORT)
+    assert found("expert-0000", canary) == ("dddddddddddd", NEW_SPORT)
+    for view in (served, canary):
+        assert found(SPORT, view) == ("cccccccccccc", SPORT)
+        assert found(NEW_SPORT, view) == ("dddddddddddd", NEW_SPORT)
+    assert found("expert-0001", canary) == ("cccccccccccc", LAW)
+    assert canary.routed("expert-0001") is canary.base
+
+
+def test_a_request_finds_the_homes_of_its_version_in_a_later_table() -> None:
+    chooser = chooser_with([SPORT])
+    target = target_of(chooser, SPORT)
+    moved = make_table(2, make_worker(3, "http://host:3", [SPORT, NEW_SPORT]), experts=[])
+    chooser.update(moved)
+    assert worker_of(chooser, target) == "worker-3"
+    chooser.update(make_table(3))
+    assert chooser.choose(target, 0, set()) is None
+
+
+@pytest.mark.parametrize(
+    ("states", "hopeless"),
+    [(["failed"], True), (["failed", "down"], False), (["starting"], False)],
+)
+def test_waiting_is_in_vain_where_every_home_has_failed(states: Any, hopeless: bool) -> None:
+    chooser = make_chooser()
+    workers = [make_worker(n, None, [SPORT], state=state) for n, state in enumerate(states)]
+    chooser.update(make_table(1, *workers))
+    assert chooser.hopeless(target_of(chooser, SPORT)) is hopeless
+    assert chooser.hopeless(target_of(chooser, BASE)) is hopeless
+
+
+def test_slots_group_only_where_there_are_more_experts() -> None:
+    chooser = make_chooser(processes=2)
+    chooser.update(make_table(1, make_worker(0, "http://host", [SPORT, LAW], slots=2)))
+    (home,) = target_of(chooser, SPORT).homes
+    assert (home.lane.slots, home.residency) == (None, None)
+    chooser.update(make_table(1, make_worker(0, "http://host", [SPORT, LAW], slots=1)))
+    (crowded,) = target_of(chooser, SPORT).homes
+    assert crowded.lane is home.lane
+    assert crowded.lane.slots == 1
+    assert crowded.residency is not None
 
 
 def test_a_large_table_is_taken_quickly() -> None:
@@ -123,9 +297,6 @@ def test_a_large_table_is_taken_quickly() -> None:
         ExpertHome(id=name[:11], version="aaaaaaaaaaaa", served_name=name, cluster=n, workers=[])
         for n, name in enumerate(names)
     ]
-    table = make_table(1, *workers, experts=experts)
-    chooser = Chooser(seed=0, retry_after_s=5)
-    began = time.perf_counter()
-    chooser.update(table)
-    assert time.perf_counter() - began < 0.25
-    assert chooser.named("expert-4999").homes[0].worker == f"worker-{4999 % 64}"
+    chooser = make_chooser()
+    chooser.update(make_table(1, *workers, experts=experts))
+    assert target_of(chooser, "expert-4999").homes[0].worker == f"worker-{4999 % 64}"

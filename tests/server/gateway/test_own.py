@@ -116,9 +116,9 @@ async def test_an_expert_that_its_workers_refused(
 
     starting = law.model_copy(update={"state": "starting"})
     await gateway.uses(make_table(9, sport, starting))
-    status, answer, _ = await gateway.post("/v1/chat/completions", chat("introvert", "law"))
-    assert status == 503
-    assert "refused" not in answer["error"]["message"]
+    status, _, headers = await gateway.post("/v1/chat/completions", chat("introvert", "law"))
+    assert (status, headers["x-introvert-spill"]) == (200, "base")
+    assert headers["x-introvert-routed-expert"] == "expert-0001"
 
 
 async def test_while_the_router_loads_explicit_models_are_answered(
