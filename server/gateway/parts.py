@@ -56,7 +56,7 @@ class Parts:
             chooser=Chooser(gateway, counts, seed=config.seed),
             readiness=Readiness(),
             routing=Routing(router_source, retry_after_s=gateway.retry_after_s),
-            upstream=Upstream(gateway),
+            upstream=Upstream(gateway, engine_key=seat.engine_key),
             keyring=Keyring(
                 Path(gateway.keys_file) if gateway.keys_file else None,
                 counts=seat.counts(TENANTS_FILE),
