@@ -164,6 +164,7 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
             await asyncio.gather(*tasks, return_exceptions=True)
             parts.routing.close()
             await parts.upstream.close()
+            await parts.recorder.close()
 
     return life
 

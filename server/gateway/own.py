@@ -28,6 +28,7 @@ from server.gateway.errors import (
     ModelNotFoundError,
     NoEngineError,
 )
+from server.gateway.federation import Federation
 from server.gateway.parts import Parts
 from server.gateway.protocol import parse_object, read_head
 from server.gateway.scrape import Scrape
@@ -66,6 +67,19 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
         It needs no key: bind the gateway to an address, or have a firewall, that keeps others out.
         """
         return Response(await scrape.all(), media_type=CONTENT_TYPE_LATEST)
+
+    federation = Federation(lambda: parts.chooser.table)
+
+    @routes.get(
+        "/metrics/engines",
+        tags=["operation"],
+        response_class=Response,
+        responses={200: TEXT, **errors()},
+    )
+    async def engine_metrics() -> Response:
+        """The metrics of all ready workers' engines, each with a `worker` label; open as
+        `/metrics` is."""
+        return Response(await federation.all(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/models", tags=["models"], responses=errors(401, 503))
     async def models(request: Request) -> ModelList:

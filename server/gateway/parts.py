@@ -11,9 +11,8 @@ from configs.schema import GatewayConfig, RunConfig
 from server.gateway.choice import Chooser
 from server.gateway.counts import Counts
 from server.gateway.metrics import Metrics
-from server.gateway.observation import Recorder
 from server.gateway.readiness import Readiness
-from server.gateway.recorder import RequestRecorder
+from server.gateway.recorder import RequestRecorder, listeners_for
 from server.gateway.routing import RouterSource, Routing
 from server.gateway.seat import IN_FLIGHT_FILE, TENANTS_FILE, Seat
 from server.gateway.tenants import Keyring
@@ -37,7 +36,7 @@ class Parts:
     counts: Counts
     """Requests in flight by worker, over all gateway processes."""
     metrics: Metrics
-    recorder: Recorder
+    recorder: RequestRecorder
     started: datetime
 
     @classmethod
@@ -64,7 +63,7 @@ class Parts:
             ),
             counts=counts,
             metrics=metrics,
-            recorder=RequestRecorder(metrics),
+            recorder=RequestRecorder(metrics, listeners_for(gateway, seat.number)),
             started=datetime.now(UTC),
         )
         _show_state(parts)

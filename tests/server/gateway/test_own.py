@@ -333,6 +333,7 @@ async def test_the_openapi_document_describes_every_route(house: House) -> None:
         "/health",
         "/ready",
         "/metrics",
+        "/metrics/engines",
         "/admin/status",
         "/admin/bundle",
         "/admin/bundle/promote",
