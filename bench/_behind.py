@@ -72,7 +72,8 @@ def publish_fitted(config: RunConfig, here: Path) -> int:
     """Fit the router of `config` and publish it with experts that nothing loads; how many."""
     sys.path.insert(0, str(ROOT))
     from expert_trainer.bundle import ExpertDraft, publish
-    from tests.end_to_end.conftest import build_base, build_expert, card
+    from tests.cards import make_card
+    from tests.end_to_end.conftest import build_base, build_expert
 
     build_base(here / "base")
     settings = here / "fit.json"
@@ -83,7 +84,11 @@ def publish_fitted(config: RunConfig, here: Path) -> int:
     clusters = int(json.loads((router / "router.json").read_text())["clusters"])
     fingerprint = build_expert(here / "base", here / "adapter", seed=1)
     drafts = [
-        ExpertDraft(here / "adapter", card(i, "0" * 64, fingerprint), 1 / clusters)
+        ExpertDraft(
+            here / "adapter",
+            make_card(i, base_digest="0" * 64, fingerprint=fingerprint),
+            1 / clusters,
+        )
         for i in range(clusters)
     ]
     publish(

@@ -21,6 +21,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from server.gateway.app import create_app
 from server.gateway.routing import LoadedRouter
+from server.keys import digest_of
 from tests.server.gateway.conftest import (
     BASE,
     LAW,
@@ -40,6 +41,7 @@ EXAMPLES = 40
 """Requests made at random for each operation, besides those that cover the document's cases."""
 MODELS = ("introvert", BASE, "expert-0000", LAW, None, None)
 """What becomes of a model name made at random, which nobody serves; none: it stays."""
+ADMIN_KEY = "the admin's own"
 
 load_all_checks()
 CHECKED = [
@@ -58,7 +60,8 @@ def make_app(*engines: FakeEngine) -> FastAPI:
     experts = [[SPORT], [LAW]]
     workers = [make_worker(i, engine.url, experts[i]) for i, engine in enumerate(engines)]
     table = make_table(1, *workers)
-    return create_app(make_config(), FakeTables(table), _load_router)
+    config = make_config(admin_key_sha256=digest_of(ADMIN_KEY).hex())
+    return create_app(config, FakeTables(table), _load_router)
 
 
 def _load_router(*_: object) -> LoadedRouter:
@@ -91,11 +94,11 @@ def url() -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(live()))
     thread.start()
     try:
-        assert up.wait(30)
+        assert up.wait(60)
         yield found[0]
     finally:
         over.set()
-        thread.join(30)
+        thread.join(60)
 
 
 def name_known_model(case: schemathesis.Case) -> None:
@@ -119,6 +122,7 @@ document = schemathesis.openapi.from_dict(make_app().openapi())
 )
 def test_answers_are_as_documented(case: schemathesis.Case, url: str) -> None:
     name_known_model(case)
-    response = case.call(base_url=url, timeout=30)
+    key = {"authorization": f"Bearer {ADMIN_KEY}"}
+    response = case.call(base_url=url, headers=key, timeout=60)
     case.validate_response(response, checks=CHECKED)
     assert response.status_code < 500 or response.status_code in DOCUMENTED_FAILURES
