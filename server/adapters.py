@@ -149,8 +149,8 @@ class Adapters:
         self._changed.clear()
         while (adapter := self._next()) is not None:
             await self._admit(engine, adapter)
-        for name in sorted(self._held - self._wanted.keys()):
-            if name not in self._wanted:  # it may have been wanted anew meanwhile
+        for name in sorted(self._held):
+            if name not in self._wanted or name in self._refused:
                 await self._drop(engine, name)
 
     @property

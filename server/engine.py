@@ -16,10 +16,13 @@ from pathlib import Path
 from configs.manifest import Fingerprint
 from configs.schema import BaseConfig, EngineArg, ServingConfig
 from expert_trainer.hashed import HashedDirectory
+from server.engine_door import KEY_VARIABLE, EngineDoor
 from server.errors import ServingConfigError
 
 ENGINE = "vllm"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+DOOR = f"{EngineDoor.__module__}.{EngineDoor.__name__}"
+"""Import path of the middleware that asks for the key."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that `--max-lora-rank` takes."""
 SPARE_SLOTS = 8
@@ -119,7 +122,7 @@ def build_command(
         room: for adapters; none: it serves the base alone, which is faster without that room.
         host: address it listens on.
         port: a free one.
-        api_key: what its callers must show on `/v1` routes; travels in the environment, for a
+        api_key: what its callers must show; travels in the environment, for a
             command line is there for everybody to read.
 
     Raises:
@@ -147,9 +150,11 @@ def build_command(
         **({} if devices.gpus else _cpu_env(serving, devices)),
         **serving.engine_env,
         # empty: none asked for, even if whoever started us has one in the environment
-        "VLLM_API_KEY": api_key or "",
+        KEY_VARIABLE: api_key or "",
     }
-    argv = (sys.executable, "-m", SERVER_MODULE, *_render(flags))
+    # the flag adds to the middleware that a config asks for, and the last one stands outermost
+    door = ("--middleware", DOOR) if api_key else ()
+    argv = (sys.executable, "-m", SERVER_MODULE, *_render(flags), *door)
     return EngineCommand(argv=argv, env=env, cores=devices.cores)
 
 

@@ -7,6 +7,7 @@ when an engine is started or given up, nor what is to be loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -20,6 +21,7 @@ from server.errors import EngineCallError
 CALL_TIMEOUT_S = 120.0
 """Longest that one load or probe may take."""
 PROBE_TEXT = "Hello"
+_TOKENS = re.compile(r"^vllm:iteration_tokens_total_sum(?:{[^}]*})? (\S+)$", re.MULTILINE)
 
 
 class EngineClient:
@@ -71,9 +73,14 @@ class EngineClient:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
 
-    async def generate(self, model: str) -> None:
+    async def generate(self, model: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Have `model` generate one token."""
-        await self._complete(model, PROBE_TEXT, {})
+        await self._complete(model, PROBE_TEXT, {}, timeout_s)
+
+    async def tokens_computed(self) -> float:
+        """Tokens of prompts and answers that it has computed since its start."""
+        text = str(await self._call("GET", "/metrics"))
+        return sum(float(value) for value in _TOKENS.findall(text))
 
     async def probe(self, model: str, token_ids: Sequence[int]) -> list[float]:
         """Generate one token after `token_ids`; return the log-probabilities of these.
@@ -91,23 +98,33 @@ class EngineClient:
             ]
 
     async def _complete(
-        self, model: str, prompt: str | list[int], extra: Mapping[str, Any]
+        self,
+        model: str,
+        prompt: str | list[int],
+        extra: Mapping[str, Any],
+        timeout_s: float = CALL_TIMEOUT_S,
     ) -> dict[str, Any]:
         body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, **extra}
-        answer = await self._call("POST", "/v1/completions", body)
+        answer = await self._call("POST", "/v1/completions", body, timeout_s)
         with _expected_shape("/v1/completions"):
             if answer["usage"]["completion_tokens"] < 1:
                 raise EngineCallError(f"{model} generated nothing", HTTPStatus.OK)
             choice: dict[str, Any] = answer["choices"][0]
             return choice
 
-    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Any:
         """One call; JSON answers are parsed, others come back as text.
 
         Raises:
             EngineCallError: no answer, or a refusal.
         """
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
                 method, self._url + path, json=body, headers=self._headers, timeout=timeout

@@ -155,8 +155,8 @@ def _kill_descendants(child: int) -> int:
     come to this process, so the last round finds them.
     """
     child_status = 0
-    while descendants := _descendants(os.getpid()):
-        for pid in descendants:
+    while left := descendants(os.getpid()):
+        for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -170,7 +170,7 @@ def _kill_descendants(child: int) -> int:
     return child_status
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
     """Processes below `root` that have not ended, and its own ended children."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():

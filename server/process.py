@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.engine import EngineCommand
-from server.guard import DEFAULT_GRACE_S, OUTER_MARGIN_S
+from server.guard import DEFAULT_GRACE_S, OUTER_MARGIN_S, descendants
 
 CommandFor = Callable[[str, int], EngineCommand]
 """Host and port to the command of an engine that listens there."""
@@ -86,6 +86,12 @@ class EngineProcess:
         except FileNotFoundError:
             return None
 
+    def cpu_seconds(self) -> float:
+        """CPU time, in seconds, that the engine's living processes and its guard have used."""
+        guard = self._process.pid
+        ticks = sum(_cpu_ticks(pid) for pid in (guard, *descendants(guard)))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     async def ended(self) -> str:
         """Wait until the engine and all its children are gone; say how it ended."""
         code = await self._process.wait()
@@ -112,6 +118,14 @@ class EngineProcess:
             text = file.read().decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         return "\n".join(lines[-TAIL_LINES:])
+
+
+def _cpu_ticks(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0  # it ended while the others were being read
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
 
 
 def free_port(host: str) -> int:

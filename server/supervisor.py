@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ CommandFor = Callable[[Room | None, str, int], EngineCommand]
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 STARTUP_POLL_S = 0.25
+IDLE_SHARE = 0.1
+"""Share of a core below which an engine does nothing but answer questions about itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +179,8 @@ class Supervisor:
     async def _live_and_die(self, process: EngineProcess) -> None:
         """Bring the engine up and watch it; note its loss as soon as that is known."""
         async with aiohttp.ClientSession() as session:
-            client = EngineClient(session, process.url, self._api_key)
             try:
-                await _first_of(self._mourn(process), self._live(client))
+                await _first_of(self._mourn(process), self._live(session, process))
             except _EngineLostError as lost:
                 self._note_loss(str(lost))
             except _EngineOutgrownError as outgrown:
@@ -203,13 +205,14 @@ class Supervisor:
         how = await process.ended()
         raise _EngineLostError(self._epitaph(process, how))
 
-    async def _live(self, client: EngineClient) -> None:
+    async def _live(self, session: aiohttp.ClientSession, process: EngineProcess) -> None:
         """Bring the engine up and watch it.
 
         Raises:
             _EngineLostError: it did not come up in time, or hung later.
             _EngineOutgrownError: it has to be started anew.
         """
+        client = EngineClient(session, process.url, self._api_key)
         await self._await_health(client)
         try:
             self._engine = await client.version()
@@ -217,7 +220,9 @@ class Supervisor:
             await client.generate(self._base_name)
         except EngineCallError as error:
             raise _EngineLostError(f"the engine does not answer for the base: {error}") from None
-        await _first_of(self._watch(client), self._follow(client))
+        await _first_of(
+            self._watch(client), self._watch_generation(client, process), self._follow(client)
+        )
 
     async def _follow(self, client: EngineClient) -> None:
         """Have the engine hold what is wanted; ready once all of that has been tried."""
@@ -257,6 +262,38 @@ class Supervisor:
                 last_answer = time.monotonic()
             elif time.monotonic() - last_answer >= limit:
                 raise _EngineLostError(f"the engine hung: no health check passed for {limit:g} s")
+
+    async def _watch_generation(self, client: EngineClient, process: EngineProcess) -> None:
+        """See that the base generates, for health checks do not reach what computes.
+
+        A token that is late proves nothing by itself: many requests may be before it, and on a CPU
+        one step over long prompts takes minutes. Only an engine that computes no token meanwhile
+        and that its processors have forgotten as well is given up.
+
+        Raises:
+            _EngineLostError: it hung.
+        """
+        limit = self._serving.hang_timeout_s
+        while True:
+            await asyncio.sleep(limit)
+            with suppress(EngineCallError):
+                tokens, used = await client.tokens_computed(), process.cpu_seconds()
+                if await self._generates(client, limit):
+                    continue
+                stands_still = await client.tokens_computed() == tokens
+                if stands_still and process.cpu_seconds() - used < IDLE_SHARE * limit:
+                    raise _EngineLostError(
+                        f"the engine hung: it is well by its own word, but for {limit:g} s it "
+                        "computed nothing, with a request waiting"
+                    )
+
+    async def _generates(self, client: EngineClient, limit_s: float) -> bool:
+        """Whether the base generates a token in time, or the engine says at least why not."""
+        try:
+            await client.generate(self._base_name, timeout_s=limit_s)
+        except EngineCallError as error:
+            return error.status is not None
+        return True
 
     def _epitaph(self, process: EngineProcess, how: str) -> str:
         if self._state == "ready":

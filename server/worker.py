@@ -46,7 +46,7 @@ class EngineSettings:
     serving: ServingConfig
     log_dir: Path
     api_key: str | None = field(default=None, repr=False)
-    """What engines ask of their callers, on `/v1` routes; none: nothing."""
+    """What engines ask of their callers; none: nothing."""
 
 
 class Worker:

@@ -11,7 +11,8 @@ loaded cannot be loaded again, one that is not cannot be unloaded, a key in the 
 Behaviours: `die-at-start=1`, `hang-after=SECONDS` (health answers no more), `mute=MODEL` (it
 generates no token), `die-after=SECONDS`, `slow-start=SECONDS`, `garble=MODEL` (its
 log-probabilities come in a shape of their own), `deadly=NAME` (loading it ends the process),
-`slow-load=SECONDS`, `stuck=NAME` (it cannot be unloaded).
+`slow-load=SECONDS`, `stuck=NAME` (it cannot be unloaded), `stall-after=SECONDS` (it generates no
+more, though it is well by its own word), `busy=1` (it computes tokens all the same, for others).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class FakeEngine:
         self.behaviour = behaviour
         self.born = time.monotonic()
         self.adapters: dict[str, str] = {}
+        self.tokens = 0.0
         self.calls: list[str] = []
         """Loads and unloads, in order."""
 
@@ -53,6 +55,7 @@ class FakeEngine:
                 web.post("/v1/completions", self.completions),
                 web.get("/environment", self.environment),
                 web.get("/calls", self.show_calls),
+                web.get("/metrics", self.metrics),
             ]
         )
         return app
@@ -68,6 +71,14 @@ class FakeEngine:
 
     async def environment(self, _: web.Request) -> web.Response:
         return web.json_response(dict(os.environ))
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        if self.behaviour.get("busy"):
+            self.tokens += 1
+        return web.Response(
+            text="# HELP vllm:iteration_tokens_total …\n"
+            f'vllm:iteration_tokens_total_sum{{engine="0"}} {self.tokens}\n'
+        )
 
     async def show_calls(self, _: web.Request) -> web.Response:
         return web.json_response({"calls": self.calls})
@@ -103,6 +114,9 @@ class FakeEngine:
 
     async def completions(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if time.monotonic() - self.born > float(self.behaviour.get("stall-after", "inf")):
+            await asyncio.sleep(3600)
+        self.tokens += 1
         model, prompt = body["model"], body["prompt"]
         if model != BASE and model not in self.adapters:
             return _refuse(404, f"The model `{model}` does not exist.")

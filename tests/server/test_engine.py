@@ -116,6 +116,7 @@ def test_the_key_travels_in_the_environment_and_is_shown_nowhere() -> None:
     made = command(serving=ServingConfig(engine_env={"VLLM_API_KEY": "other"}), api_key="sesame")
     assert made.env["VLLM_API_KEY"] == "sesame"
     assert "sesame" not in " ".join(made.argv) + repr(made)
+    assert value(made, "--middleware") == "server.engine_door.EngineDoor"
     assert command().env["VLLM_API_KEY"] == "", "a key of the environment is not ours"
 
 

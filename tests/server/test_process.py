@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +30,24 @@ def test_the_next_free_port_is_found() -> None:
 
 def says(text: str) -> EngineCommand:
     return EngineCommand((sys.executable, "-c", f"import sys; print({text!r}); sys.exit(3)"))
+
+
+async def test_cpu_time_is_that_of_all_its_processes(tmp_path: Path) -> None:
+    work = "import os; os.fork(); sum(range(10**7)); import time; time.sleep(60)"
+    command = EngineCommand((sys.executable, "-c", work))
+    process = await EngineProcess.start(
+        lambda _host, _port: command, host="127.0.0.1", log=tmp_path / "log"
+    )
+    try:
+        for _ in range(600):
+            if process.cpu_seconds() >= 0.1:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("it computes, and used no time")
+    finally:
+        await process.stop()
+    assert process.cpu_seconds() == 0.0
 
 
 async def test_the_last_words_are_those_of_this_start(tmp_path: Path) -> None:

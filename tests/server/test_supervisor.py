@@ -176,6 +176,40 @@ async def test_an_engine_that_hangs_is_replaced(supervise: Fixture) -> None:
     assert after.restarts == 1
 
 
+async def test_an_engine_that_is_well_by_its_own_word_but_computes_nothing_is_replaced(
+    supervise: Fixture,
+) -> None:
+    supervisor = supervise("stall-after=1.0")
+    await until(supervisor, is_ready)
+    down = await until(supervisor, lambda entry: entry.state == "down")
+    assert "computed nothing, with a request waiting" in down.detail
+    supervise.behaviours = []
+    await until(supervisor, lambda entry: is_ready(entry) and entry.restarts == 1)
+
+
+async def test_an_engine_that_is_busy_with_others_is_left_alone(
+    supervise: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = asyncio.Event()
+    generates = Supervisor._generates
+    late = 0
+
+    async def watched(supervisor: Supervisor, client: EngineClient, limit_s: float) -> bool:
+        nonlocal late
+        if late == 2:
+            judged.set()
+        answered = await generates(supervisor, client, limit_s)
+        late += not answered
+        return answered
+
+    monkeypatch.setattr(Supervisor, "_generates", watched)
+    supervisor = supervise("stall-after=1.0", "busy=1", hang_timeout_s=0.5)
+    await until(supervisor, is_ready)
+    async with asyncio.timeout(30):
+        await judged.wait()
+    assert (supervisor.entry.state, supervisor.entry.restarts) == ("ready", 0)
+
+
 async def test_a_stopped_engine_is_replaced(supervise: Fixture) -> None:
     supervisor = supervise()
     before = await until(supervisor, is_ready)
