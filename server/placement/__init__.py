@@ -3,6 +3,7 @@
 Knows nothing of Ray, of engines, or of where the measured mass comes from.
 """
 
+from server.placement.measured import expected
 from server.placement.plan import plan_placement, replan
 from server.placement.types import ExpertDemand, Placement, Policy, WorkerCapacity, moved
 
@@ -11,6 +12,7 @@ __all__ = [
     "Placement",
     "Policy",
     "WorkerCapacity",
+    "expected",
     "moved",
     "plan_placement",
     "replan",

@@ -23,6 +23,9 @@ PRIOR = 0.05
 """Share of the traffic that is expected to be spread over all experts evenly, whatever was
 measured: an expert that nobody has asked for yet is not one that nobody will ask for."""
 
+CROWDING = 2.0
+"""Experts on a worker at the most, as a multiple of an even share, where slots are a cache."""
+
 EPSILON = 1e-9
 
 
@@ -92,6 +95,30 @@ class Task:
     @cached_property
     def _slots(self) -> float:
         return sum(math.inf if w.slots is None else w.slots for w in self.workers)
+
+    @cached_property
+    def reserves(self) -> list[float]:
+        """Burden that each worker keeps free, while there are slots, for experts without one.
+
+        These are kept together on a part of the workers: there they load each other out of the
+        slots, and the experts of all others stay in theirs. The part is such that nobody holds
+        more than `CROWDING` times as many experts as if all held the same number.
+        """
+        rest = len(self.experts) - self._slots
+        left = [0.0] * len(self.workers)
+        if rest <= 0:
+            return left
+        even = CROWDING * len(self.experts) / sum(w.weight for w in self.workers)
+        room = [max(0.0, even * w.weight - (w.slots or 0)) for w in self.workers]
+        enough = 0.0
+        for worker, places in enumerate(room):
+            left[worker] = min(places, rest - enough)
+            enough += left[worker]
+        load = sum(self.loads[int(self._slots) :]) * self.fair / sum(self.loads)
+        burden = load * sum(w.weight for w in self.workers)
+        return [
+            burden * share / enough / w.weight for share, w in zip(left, self.workers, strict=True)
+        ]
 
     @cached_property
     def scores(self) -> npt.NDArray[np.float64]:
@@ -219,6 +246,8 @@ class Packing:
             if worker in self.homes[expert]:
                 continue
             after = self.burden(worker, load, demand.rank)
+            if self.any_free:
+                after += self.task.reserves[worker]
             key = (
                 self.refuses(expert, worker),
                 self.overflow(worker, demand.bytes),

@@ -243,6 +243,14 @@ def test_five_thousand_experts_on_64_workers_are_balanced(slots: int | None) -> 
     assert replan(placement, experts, workers, BUSY) == placement
 
 
+def test_experts_without_a_slot_are_kept_together_but_nowhere_crowded() -> None:
+    experts = experts_of([1 / (1 + i) for i in range(1000)])
+    placement = plan_placement(experts, workers_of(16, slots=32))
+    counts = sorted(len(placement.experts_of(f"worker-{i}")) for i in range(16))
+    assert counts[4] == 32
+    assert counts[-1] <= 2.2 * 1000 / 16
+
+
 def test_no_worker_and_twins_are_refused() -> None:
     twin = ExpertDemand("expert-0000", 0.5, 8)
     with pytest.raises(ServingConfigError, match="no worker"):
