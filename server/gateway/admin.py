@@ -26,7 +26,6 @@ from server.gateway.admin_answers import (
     StatusAnswer,
 )
 from server.gateway.answers import report_ready
-from server.gateway.client import read_body
 from server.gateway.documented import errors
 from server.gateway.errors import (
     ControlPlaneError,
@@ -34,9 +33,10 @@ from server.gateway.errors import (
     UnauthorizedError,
 )
 from server.gateway.internal import TRUSTED, report
+from server.gateway.limits import body_of_request, limited_head
 from server.gateway.metrics import PREFIX
 from server.gateway.parts import Parts
-from server.gateway.protocol import parse_object, read_head
+from server.gateway.protocol import parse_object
 from server.gateway.scrape import Scrape
 from server.gateway.tallies import Snapshot
 from server.gateway.tenants import bearer_of
@@ -47,6 +47,7 @@ from server.table import CONTROL_SOCKET
 CHANGE_TIMEOUT_S = 60.0
 """For the control plane to look at a bundle and say whether it begins to change to it."""
 LOOK_TIMEOUT_S = 2.0
+MAX_CHANGE_BYTES = 64 * 1024
 
 
 class AdminGate:
@@ -89,7 +90,9 @@ class AdminGate:
 
 def admin_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     """Status, and the change of the bundle."""
-    routes = APIRouter(prefix="/admin", tags=["operation"])
+    routes = APIRouter(
+        prefix="/admin", tags=["operation"], dependencies=[limited_head(parts.config)]
+    )
     gate = AdminGate(parts)
 
     @routes.get("/status", responses=errors(401))
@@ -122,8 +125,7 @@ def admin_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     async def change(request: Request) -> Response:
         """Begin to serve another bundle: load and verify it beside the old, then switch."""
         gate.may_change(request)
-        head = read_head(request.scope)
-        body = await read_body(request.receive, head.content_length, parts.config.max_body_bytes)
+        body = await body_of_request(request, parts.config, MAX_CHANGE_BYTES)
         asked = _bundle_request(body)
         return await _control(parts, "POST", "/bundle", asked.model_dump_json().encode())
 

@@ -5,9 +5,9 @@ Everything that an engine answers is passed on as it is and has no schema here.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.types import Route
 from server.gateway.choice import ROUTED_MODEL, Chooser
@@ -81,12 +81,16 @@ class ModelList(Answer):
     data: list[ModelAnswer]
 
 
+MAX_TEXTS = 256
+"""Texts in one request to explain: they are routed while others wait."""
+
+
 class RouteRequest(Answer):
     """What to explain: texts, or one chat."""
 
     model_config = ConfigDict(extra="forbid")
 
-    input: str | list[str] | None = None
+    input: str | Annotated[list[str], Field(max_length=MAX_TEXTS)] | None = None
     """A text, or several, each routed by itself."""
     messages: list[dict[str, Any]] | None = None
     """A chat, routed as /v1/chat/completions would."""

@@ -120,6 +120,11 @@ class Chooser:
         return {worker: lane.waiting for worker, lane in self._lanes.items()}
 
     @property
+    def resident(self) -> dict[str, int]:
+        """Experts thought to be in the slots, by worker, of those that hold more than slots."""
+        return {worker: len(residency) for worker, residency in self._residencies.items()}
+
+    @property
     def served(self) -> View:
         """The view of the bundle that is served.
 

@@ -7,6 +7,7 @@ what the engines count this module knows nothing: it moves lines of Prometheus' 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -17,6 +18,7 @@ from server.table import RoutingTable
 ENGINE_TIMEOUT_S = 5.0
 MAX_BYTES = 16 * 1024 * 1024
 """Of one engine's answer; one that is longer is left out."""
+_SAMPLE = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*[{ ]")
 KEPT_S = 1.0
 """A scrape within this time of the last gets the same: asking is free for clients and is not for
 engines."""
@@ -83,7 +85,7 @@ def together(texts: Mapping[str, str | None]) -> bytes:
                 head, _ = families.setdefault(current, ([], []))
                 if not any(known.startswith(line[:7]) for known in head):
                     head.append(line)
-            elif line and not line.startswith("#"):
+            elif _SAMPLE.match(line):
                 name = line.partition("{")[0].partition(" ")[0]
                 family = current if current and name.startswith(current) else name
                 families.setdefault(family, ([], []))[1].append(_labelled(line, label))

@@ -50,10 +50,9 @@ def report(parts: Parts) -> GatewayReport:
             version: f"{status.state}: {status.detail}" if status.detail else status.state
             for version, status in parts.routing.states().items()
         },
-        in_flight=dict(chooser.in_flight),
-        # until the chooser counts them
-        in_flight_bundles=dict(getattr(chooser, "in_flight_bundles", {})),
-        demand=dict(getattr(chooser, "demand", {})),
+        in_flight=chooser.in_flight,
+        in_flight_bundles=dict(chooser.in_flight_bundles),
+        demand=dict(chooser.demand),
     )
 
 

@@ -20,7 +20,6 @@ from server.gateway.answers import (
     list_models,
     report_ready,
 )
-from server.gateway.client import read_body
 from server.gateway.documented import errors
 from server.gateway.errors import (
     ForbiddenModelError,
@@ -29,8 +28,9 @@ from server.gateway.errors import (
     NoEngineError,
 )
 from server.gateway.federation import Federation
+from server.gateway.limits import body_of_request, limited_head
 from server.gateway.parts import Parts
-from server.gateway.protocol import parse_object, read_head
+from server.gateway.protocol import parse_object
 from server.gateway.scrape import Scrape
 from server.gateway.tenants import ANYBODY, Tenant
 
@@ -39,7 +39,7 @@ TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     """Models, route explanation, health and metrics."""
-    routes = APIRouter()
+    routes = APIRouter(dependencies=[limited_head(parts.config)])
 
     @routes.get("/health", tags=["operation"], responses=errors())
     async def health() -> Health:
@@ -119,8 +119,7 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
     async def route(request: Request) -> RouteList:
         """Where texts or a chat would go, and why; nothing is generated."""
         tenant = _tenant(parts, request)
-        head = read_head(request.scope)
-        body = await read_body(request.receive, head.content_length, parts.config.max_body_bytes)
+        body = await body_of_request(request, parts.config, parts.config.max_prompt_bytes)
         asked = _route_request(body)
         with parts.keyring.admit(tenant):
             if asked.messages is not None:

@@ -10,6 +10,7 @@ from typing import Self
 from configs.schema import GatewayConfig, RunConfig
 from server.gateway.choice import Chooser
 from server.gateway.counts import Counts
+from server.gateway.gauges import show_state
 from server.gateway.metrics import Metrics
 from server.gateway.readiness import Readiness
 from server.gateway.recorder import RequestRecorder, listeners_for
@@ -66,7 +67,7 @@ class Parts:
             recorder=RequestRecorder(metrics, listeners_for(gateway, seat.number)),
             started=datetime.now(UTC),
         )
-        _show_state(parts)
+        show_state(metrics, parts.chooser, parts.readiness)
         return parts
 
     def use(self, table: RoutingTable) -> None:
@@ -77,39 +78,3 @@ class Parts:
         if table.canary is not None:
             bundles.setdefault(table.canary.bundle, table.canary.place)
         self.routing.serve(bundles)
-
-
-def _show_state(parts: Parts) -> None:
-    """Gauges of what the parts know."""
-    gauge, readiness, chooser = parts.metrics.gauge, parts.readiness, parts.chooser
-    gauge(
-        "in_flight",
-        "Requests in flight.",
-        lambda: {(worker,): count for worker, count in chooser.in_flight.items()},
-        labels=("worker",),
-    )
-    gauge(
-        "table_version",
-        "Version of the routing table in use; over several processes the oldest.",
-        lambda: {(): chooser.table.version if chooser.table else 0},
-        merge="min",
-    )
-    gauge(
-        "ready_experts",
-        "Experts that a ready worker holds.",
-        lambda: {(): readiness.coverage.experts_ready},
-        merge="min",
-    )
-    gauge(
-        "placed_experts",
-        "Experts in the routing table.",
-        lambda: {(): readiness.coverage.experts_total},
-        merge="min",
-    )
-    gauge(
-        "ready_workers",
-        "Workers that can answer.",
-        lambda: {(): readiness.coverage.workers_ready},
-        merge="min",
-    )
-    gauge("processes", "Gateway processes that answered this scrape.", lambda: {(): 1})

@@ -226,6 +226,7 @@ async def test_route_takes_a_chat(house: House) -> None:
         ({}, "invalid_type", None),
         ({"input": "a", "messages": []}, "invalid_type", None),
         ({"input": 3}, "invalid_type", "input"),
+        ({"input": ["a"] * 257}, "invalid_type", "input"),
         ({"text": "a"}, "invalid_type", "text"),
         ({"messages": [{}]}, "unroutable", "messages[0].role"),
         ({"messages": [{"role": "user", "content": " "}]}, "unroutable", "messages"),
@@ -261,6 +262,18 @@ async def test_a_client_that_hangs_up_while_it_sends_is_no_defect(
     await app({**scope, "query_string": b"", "scheme": "http"}, receive, send)
     assert sent[0]["status"] == 499
     assert not caplog.records
+
+
+async def test_limits_hold_for_what_the_gateway_answers_itself(
+    house: House, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(max_header_bytes=2048, max_prompt_bytes=1024)
+    for path in ("/health", "/v1/models", "/admin/status"):
+        async with gateway.http.get(gateway.url + path, headers={"a": "b" * 4096}) as answer:
+            assert answer.status == 431
+            assert (await answer.json())["error"]["code"] == "headers_too_large"
+    status, answer, _ = await gateway.post("/v1/route", {"input": "a" * 2048})
+    assert (status, answer["error"]["code"]) == (413, "request_too_large")
 
 
 async def test_health_needs_nothing(start_gateway: StartGateway) -> None:
