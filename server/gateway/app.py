@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import version as package_version
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configs.schema import RunConfig
 from server.gateway.admin import admin_routes
@@ -74,14 +75,14 @@ def create_app(
     """
     parts = Parts.make(config, router_source, seat)
     scrape = Scrape(parts.metrics, seat, METRICS_PATH)
-    app = FastAPI(
+    app = Application(
         title="Introvert",
         version=package_version("introvert"),
         description="Experts chosen by meaning, behind one OpenAI-compatible endpoint.",
         lifespan=_life(parts, table_source),
     )
-    # In front, since routes are tried in their order and these are the busy ones.
-    app.router.routes[:0] = [ForwardedRoute(e, Exchange(e, parts)) for e in ENDPOINTS]
+    app.exchanges = {e.path: Exchange(e, parts) for e in ENDPOINTS}
+    app.router.routes[:0] = [ForwardedRoute(e, app.exchanges[e.path]) for e in ENDPOINTS]
     app.include_router(own_routes(parts, scrape))
     app.include_router(admin_routes(parts, scrape))
     app.add_exception_handler(GatewayError, _answer_gateway_error)
@@ -90,6 +91,26 @@ def create_app(
     app.add_exception_handler(Exception, _answer_defect)
     app.state.internal = Internal(app, parts, scrape)
     return app
+
+
+class Application(FastAPI):
+    """A FastAPI application that hands the busy endpoints to their exchanges at once.
+
+    An exchange answers every error itself; the layers that FastAPI puts around a route would cost
+    a request as much as all of the gateway's own work.
+    """
+
+    exchanges: Mapping[str, ASGIApp] = MappingProxyType({})
+    """By path; a request that is not a POST goes the long way, to be refused."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            exchange = self.exchanges.get(scope["path"])
+            if exchange is not None:
+                await exchange(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class ForwardedRoute(APIRoute):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
@@ -34,7 +33,7 @@ from server.gateway.errors import (
 )
 from server.gateway.parts import Parts
 from server.gateway.passage import Passage
-from server.gateway.protocol import Call, Endpoint, Head, read_head
+from server.gateway.protocol import Call, Endpoint, Head, new_request_id, read_head
 from server.gateway.queueing import wait_for_worker
 from server.gateway.returning import hand_back, note_failure
 from server.gateway.upstream import UnreachableError
@@ -276,7 +275,7 @@ class Exchange:
         body = body_of(error, self._endpoint.dialect)
         observation.status = error.status
         observation.error = error.code
-        observation.request_id = observation.request_id or uuid.uuid4().hex
+        observation.request_id = observation.request_id or new_request_id()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),

@@ -8,8 +8,8 @@ expert and no answer.
 from __future__ import annotations
 
 import math
+import os
 import re
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -115,6 +115,11 @@ class Head:
     """How long the client would wait, if it says so."""
 
 
+def new_request_id() -> str:
+    """32 random hexadecimal digits."""
+    return os.urandom(16).hex()
+
+
 def read_head(scope: Scope, limit: int | None = None) -> Head:
     """Sort a request's headers in one pass.
 
@@ -152,7 +157,7 @@ def read_head(scope: Scope, limit: int | None = None) -> Head:
     if dropped is not NOT_FORWARDED:
         for name in dropped:
             forwarded.popall(name.decode("latin-1"), None)
-    request_id = request_id or uuid.uuid4().hex
+    request_id = request_id or new_request_id()
     forwarded["x-request-id"] = request_id
     forwarded["content-type"] = "application/json"
     forwarded["accept-encoding"] = "identity"
