@@ -27,8 +27,17 @@ engines."""
 class Federation:
     """Asks all ready workers' engines."""
 
-    def __init__(self, table: Callable[[], RoutingTable | None]) -> None:
+    def __init__(
+        self, table: Callable[[], RoutingTable | None], engine_key: str | None = None
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            table: hands out the routing table in use.
+            engine_key: what engines ask for; none: nothing.
+        """
         self._table = table
+        self._headers = {"authorization": f"Bearer {engine_key}"} if engine_key else {}
         self._asking = asyncio.Lock()
         self._kept: tuple[float, bytes] | None = None
 
@@ -48,7 +57,7 @@ class Federation:
             if worker.url is not None
         }
         timeout = aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
+        async with aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session:
             texts = await asyncio.gather(*(_metrics_of(session, url) for url in urls.values()))
         return await asyncio.to_thread(together, dict(zip(urls, texts, strict=True)))
 

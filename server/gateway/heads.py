@@ -59,17 +59,18 @@ class LimitedHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Some of a request has come."""
         if self._in_head:
-            if self._deadline is None:  # the connection was idle
-                self._expect_head()
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > self._max_bytes:
-            self._refuse(
-                HeadersTooLargeError(
-                    f"The request's head is larger than {self._max_bytes} bytes. Send fewer or "
-                    "shorter headers, or have 'gateway.max_header_bytes' raised."
+        if self._in_head and self._head_bytes:  # most heads come whole and need no timer
+            if self._head_bytes > self._max_bytes:
+                self._refuse(
+                    HeadersTooLargeError(
+                        f"The request's head is larger than {self._max_bytes} bytes. Send fewer "
+                        "or shorter headers, or have 'gateway.max_header_bytes' raised."
+                    )
                 )
-            )
+            elif self._deadline is None:
+                self._expect_head()
 
     def on_headers_complete(self) -> None:
         """A head is whole."""

@@ -68,7 +68,7 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
         """
         return Response(await scrape.all(), media_type=CONTENT_TYPE_LATEST)
 
-    federation = Federation(lambda: parts.chooser.table)
+    federation = Federation(lambda: parts.chooser.table, parts.seat.engine_key)
 
     @routes.get(
         "/metrics/engines",

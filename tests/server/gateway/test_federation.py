@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.gateway import federation
 from server.gateway.federation import Federation, together
-from tests.server.gateway.conftest import LAW, SPORT, FakeEngine, make_table, make_worker
+from tests.server.gateway.conftest import LAW, SPORT, make_table, make_worker
 
 ENGINE = """\
 # HELP vllm:num_requests_running Requests.
@@ -47,23 +47,29 @@ def test_families_stay_together_and_samples_say_whose_they_are() -> None:
     assert samples["introvert_engine_up", "worker-0"] == 1
 
 
-async def test_engines_that_do_not_answer_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = await FakeEngine().start()  # answers GET with 405
-    try:
+async def engine_metrics(request: web.Request) -> web.Response:
+    if request.headers.get("authorization") != "Bearer engine-key":
+        return web.Response(status=401)
+    return web.Response(text=ENGINE % 7)
+
+
+async def test_engines_are_asked_with_their_key_and_those_that_do_not_answer_told() -> None:
+    app = web.Application()
+    app.router.add_get("/metrics", engine_metrics)
+    async with TestServer(app) as engine:
         table = make_table(
             1,
-            make_worker(0, engine.url, [SPORT]),
+            make_worker(0, str(engine.make_url("/")), [SPORT]),
             make_worker(1, "http://127.0.0.1:9", [LAW]),
             make_worker(2, None, [], state="starting"),
         )
-        monkeypatch.setattr(federation, "KEPT_S", -1.0)
-        asked = Federation(lambda: table)
-        lines = (await asked.all()).decode().splitlines()
-        up = [line for line in lines if line.startswith("introvert_engine_up{")]
-        assert up == [
-            'introvert_engine_up{worker="worker-0"} 0',
+        lines = (await Federation(lambda: table, "engine-key").all()).decode().splitlines()
+        assert [line for line in lines if line.startswith("introvert_engine_up{")] == [
+            'introvert_engine_up{worker="worker-0"} 1',
             'introvert_engine_up{worker="worker-1"} 0',
         ]
-    finally:
-        await engine.stop()
+        running = 'vllm:num_requests_running{worker="worker-0",engine="0",model_name="a{b} c"} 7'
+        assert running in lines
+        lines = (await Federation(lambda: table).all()).decode().splitlines()
+        assert 'introvert_engine_up{worker="worker-0"} 0' in lines
     assert (await Federation(lambda: None).all()).startswith(b"# HELP introvert_engine_up")
