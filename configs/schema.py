@@ -21,6 +21,7 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 Auto = Literal["auto"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RouteOn = Literal["last_user", "first_user", "conversation"]
+Runtime = Literal["auto", "onnx", "torch"]
 EngineArg = bool | int | float | str | list[str] | None
 
 PACKAGED_EMBEDDER = "all-MiniLM-L6-v2"
@@ -144,7 +145,7 @@ class RouterConfig(Section):
     """Distil a fast student of the embedder at fit time, which answers where it is sure."""
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the student's answers that must be the embedder's own: sets how sure is sure."""
-    runtime: Literal["auto", "onnx", "torch"] = "auto"
+    runtime: Runtime = "auto"
     """What computes the embedder while serving; `auto`: ONNX Runtime on a CPU where its vectors
     agree with torch's, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -74,6 +74,16 @@ class SentenceEmbedder:
         self._batch_size = batch_size
         self._limit = _limit_length(model, max_tokens)
 
+    @property
+    def model(self) -> SentenceTransformer:
+        """The model itself."""
+        return self._model
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of a text that are read; none where the model knows no limit."""
+        return self._limit
+
     @cached_property
     def dimension(self) -> int:
         """Length D of a vector."""
@@ -110,8 +120,7 @@ class SentenceEmbedder:
             return np.empty((0, self.dimension), dtype=np.float32)
         readable = None if self._limit is None else self._limit * CHARACTERS_PER_TOKEN
         vectors = self._model.encode(
-            # JSON can escape half a surrogate pair, which no tokenizer takes.
-            [text[:readable].encode("utf-8", "replace").decode("utf-8") for text in texts],
+            [readable_text(text, readable) for text in texts],
             batch_size=self._batch_size,
             show_progress_bar=False,
         )
@@ -163,6 +172,12 @@ def load_embedder(
         ) from error
     model.eval()
     return SentenceEmbedder(name, model, batch_size, max_tokens)
+
+
+def readable_text(text: str, characters: int | None) -> str:
+    """As much of a text as can count, without the halves of surrogate pairs that JSON can escape,
+    which no tokenizer takes."""
+    return text[:characters].encode("utf-8", "replace").decode("utf-8")
 
 
 def resolve_device(device: str) -> Device:

@@ -3,6 +3,7 @@
 IntrovertError
 └── RouterError                 anything the router cannot do
     ├── EmbedderNotFoundError   the embedding model is neither on this machine nor downloadable
+    ├── ExportError             the embedding model cannot be used by ONNX Runtime
     ├── ClusteringError         the texts cannot be put into the clusters asked for
     ├── CalibrationError        no threshold can be drawn from the held-out text
     ├── RouterFormatError       a saved router that cannot be read
@@ -21,6 +22,10 @@ class RouterError(IntrovertError):
 
 class EmbedderNotFoundError(RouterError):
     """The embedding model is neither on this machine nor can it be downloaded."""
+
+
+class ExportError(RouterError):
+    """The embedding model cannot be exported for ONNX Runtime, or its export cannot be used."""
 
 
 class ClusteringError(RouterError):

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.manifest import expert_id
-from configs.schema import RouterConfig
+from configs.schema import RouterConfig, Runtime
 from router.calibration import Calibration, calibrate
 from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
 from router.conversation import Message, opening_text, routing_text
-from router.embedder import Embedder, load_embedder
-from router.errors import EmbedderMismatchError
+from router.embedder import Embedder
+from router.serving_embedder import require_digest, serving_embedder
 from router.storage import RouterRecord, read_router, write_router
 from router.types import Candidate, Route
 
@@ -100,6 +100,7 @@ class Router:
         device: str = "auto",
         threads: int | None = None,
         embedder: Embedder | None = None,
+        runtime: Runtime = "torch",
     ) -> Router:
         """Read a saved router and the embedder that belongs to it.
 
@@ -109,6 +110,7 @@ class Router:
             threads: bound on torch's and faiss's threads, for routing beside busy engines; it
                 holds for the whole process.
             embedder: one already loaded, to be checked instead of loading the recorded one.
+            runtime: what computes the embedder, as in `serving_embedder`.
 
         Raises:
             RouterFormatError: files missing, damaged or of another format.
@@ -118,19 +120,12 @@ class Router:
         record, centroids = read_router(directory)
         if threads is not None:
             limit_threads(threads)
-        embedder = embedder or load_embedder(
-            record.embedder,
-            device=device,
-            batch_size=record.config.batch_size,
-            max_tokens=record.config.max_tokens,
-            threads=threads,
-        )
-        if embedder.digest != record.embedder_digest:
-            raise EmbedderMismatchError(
-                f"embedding model '{embedder.name}' is not the one that the router in {directory} "
-                f"was fitted with (digest {embedder.digest[:12]}, not "
-                f"{record.embedder_digest[:12]}); install that model, or run `introvert fit` again"
+        if embedder is None:
+            config = record.config.model_copy(update={"runtime": runtime})
+            embedder = serving_embedder(
+                record.embedder, record.embedder_digest, config, device=device, threads=threads
             )
+        require_digest(embedder, record.embedder_digest)
         return cls(record, centroids, embedder)
 
     def save(self, directory: Path) -> None:

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     check_report(options.report)
     directory, served = find_router(config)
     note(f"router: {directory}" + (" (not published yet)" if served is None else ""))
-    router = Router.load(directory, device=config.router.device)
+    router = Router.load(directory, device=config.router.device, runtime=config.router.runtime)
     routes = [
         {"text": text, **asdict(route), "served_by": serving(route, served)}
         for text, route in zip(options.texts, router.route(options.texts), strict=True)

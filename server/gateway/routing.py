@@ -95,7 +95,7 @@ def router_from_bundle(config: RunConfig, place: str = "") -> LoadedRouter:
     # behind a URL the router alone is copied.
     bundle = open_published(at, verify=False)
     device = "cuda" if config.router.device == "cuda" else "cpu"
-    router = Router.load(bundle.router_dir, device=device, threads=1)
+    router = Router.load(bundle.router_dir, device=device, threads=1, runtime=config.router.runtime)
     return LoadedRouter(router=router, bundle=bundle.manifest.version)
 
 
