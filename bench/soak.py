@@ -1,10 +1,10 @@
 """A thousand streams at once against an engine that sends a token a second.
 
 The gateway is the real process; the engine is a small server (`_slow.py`). Each client asks for a
-stream of 30 tokens and, when it has all of them, for the next; so streams begin and end all the
-time while a thousand run. A stream is dropped when its status is not 200, when it lacks a token or
-its end, or when its connection breaks. Memory, open file descriptors and the engine's connections
-are read from outside once a second and drawn beside the report.
+stream of 30 tokens (with `--quick` 10) and, when it has all of them, for the next; so streams begin
+and end all the time while a thousand run. A stream is dropped when its status is not 200, when it
+lacks a token or its end, or when its connection breaks. Memory, open file descriptors and the
+engine's connections are read from outside once a second and drawn beside the report.
 
     .venv/bin/python bench/soak.py [--quick] [--minutes 10] [--streams 1000] [--report FILE]
 """
@@ -33,11 +33,12 @@ from deploy.output import note, say
 WORK = Path("runs/bench/soak")
 EXPERT = "expert-0000@aaaaaaaaaaaa"
 PROBE = b'{"model": "expert-0000", "prompt": "x", "max_tokens": 1, "stream": true}'
-TOKENS = 30
+LONG, SHORT = 30, 10
+"""Tokens of a stream, so its seconds; the short ones are for `--quick`."""
 SETTLE_S = 20.0
 """After the last stream, before descriptors and connections are compared with the beginning."""
-WARM_SHARE = 0.2
-"""Share of the run after which memory must be flat: pools and arenas fill until then."""
+WARM_GENERATIONS = 2.5
+"""Lengths of a stream after which memory must be flat: pools and arenas fill until then."""
 MIB = 2**20
 
 
@@ -46,6 +47,7 @@ class Soak:
     """What the clients saw, and what the gateway's process held."""
 
     url: str
+    tokens: int
     finished: int = 0
     dropped: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -70,13 +72,13 @@ class Soak:
 
     async def stream(self, http: aiohttp.ClientSession) -> str:
         """One stream; what was wrong with it, empty where nothing was."""
-        body = {"model": "expert-0000", "prompt": "x", "max_tokens": TOKENS, "stream": True}
+        body = {"model": "expert-0000", "prompt": "x", "max_tokens": self.tokens, "stream": True}
         async with http.post(f"{self.url}/v1/completions", json=body) as response:
             if response.status != 200:
                 return f"{response.status}: {(await response.text())[:200]}"
             text = await response.text()
         events = [line for line in text.split("\n") if line.startswith("data: ")]
-        if len(events) != TOKENS + 1 or events[-1] != "data: [DONE]":
+        if len(events) != self.tokens + 1 or events[-1] != "data: [DONE]":
             return f"{len(events)} events, the last {events[-1:]}"
         return ""
 
@@ -110,8 +112,7 @@ async def soak(run: Soak, process: psutil.Process, engine: str, minutes: float, 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         watching = asyncio.create_task(watch())
-        spread = min(TOKENS, minutes * 20)
-        clients = [run.client(http, spread * i / count, until) for i in range(count)]
+        clients = [run.client(http, run.tokens * i / count, until) for i in range(count)]
         await asyncio.gather(*clients)
     watched = asyncio.create_task(asyncio.sleep(SETTLE_S))
     await asyncio.wait([watching, watched], return_when=asyncio.FIRST_COMPLETED)
@@ -119,14 +120,14 @@ async def soak(run: Soak, process: psutil.Process, engine: str, minutes: float, 
     await asyncio.gather(watching, return_exceptions=True)
 
 
-def fill(report: Report, run: Soak, count: int, minutes: float) -> None:
+def fill(report: Report, run: Soak, count: int) -> None:
     report.add("streams_at_once", max(run.streams), "streams", f">= {count}")
     report.add("streams_finished", run.finished, "streams", "> 0")
     report.add("streams_dropped", len(run.dropped), "streams", "== 0")
     full = [
         rss
         for second, rss, streams in zip(run.seconds, run.rss_mib, run.streams, strict=True)
-        if streams >= 0.95 * count and second > WARM_SHARE * minutes * 60
+        if streams >= 0.95 * count and second > WARM_GENERATIONS * run.tokens
     ]
     fifth = max(1, len(full) // 5)
     report.add("rss_peak_mib", max(run.rss_mib), "MiB")
@@ -167,10 +168,10 @@ def main() -> int:
         program, url = stack.enter_context(
             gateway(config, make_table(config, [engine], [EXPERT]), here, probe=PROBE)
         )
-        run = Soak(url)
+        run = Soak(url, SHORT if options.quick else LONG)
         process = psutil.Process(program.process.pid)
         asyncio.run(soak(run, process, engine, minutes, options.streams))
-    fill(report, run, options.streams, minutes)
+    fill(report, run, options.streams)
     plot = Path(options.report).with_suffix(".svg") if options.report else here / "soak.svg"
     panels = [
         Panel("resident memory of the gateway, MiB", run.rss_mib),
@@ -182,7 +183,7 @@ def main() -> int:
     say(f"plot: {plot}")
     for fault in sorted(set(run.dropped))[:5]:
         say(f"dropped: {fault}")
-    report.conditions |= {"minutes": minutes, "streams": options.streams, "tokens": TOKENS}
+    report.conditions |= {"minutes": minutes, "streams": options.streams, "tokens": run.tokens}
     return report.close(options.report)
 
 
