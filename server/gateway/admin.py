@@ -83,8 +83,8 @@ class AdminGate:
         key = bearer_of(request.scope["headers"])
         if key is None or not hmac.compare_digest(digest_of(key), self._digest):
             raise UnauthorizedError(
-                "The admin key is needed: 'Authorization: Bearer KEY'. Where none is configured, it "
-                "lies in the cache directory of the user who runs the gateway, in "
+                "The admin key is needed: 'Authorization: Bearer KEY'. Where none is configured, "
+                "it lies in the cache directory of the user who runs the gateway, in "
                 "introvert/admin-PORT.key; API keys are others."
             )
 
