@@ -6,6 +6,11 @@ Knows nothing of engines; reading is done off the event loop.
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from expert_trainer.errors import DamagedBundleError
@@ -15,6 +20,9 @@ from server.engine import Adapter
 
 SAFE_SUFFIXES = frozenset({".safetensors", ".json"})
 """An engine unpickles weights under other names, and a pickle runs what it likes."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format."""
+_LORA_TENSOR = re.compile(r"([^.]+)\.lora_[AB]\.")
 
 
 async def fetch(adapter: Adapter) -> None:
@@ -28,6 +36,16 @@ async def fetch(adapter: Adapter) -> None:
         await asyncio.to_thread(adapter.source.fetch, Path(adapter.path))
 
 
+async def modules_of(adapters: Iterable[Adapter]) -> set[str]:
+    """Names of the layers that these change, such as `q_proj`; damaged ones are passed over."""
+    return set[str]().union(*await asyncio.gather(*map(changed_modules, adapters)))
+
+
+async def changed_modules(adapter: Adapter) -> set[str]:
+    """Names of the layers that it changes; none if its files are damaged."""
+    return await asyncio.to_thread(_changed_modules, Path(adapter.path))
+
+
 async def fault_of(adapter: Adapter) -> str | None:
     """Why its files must not reach an engine; none if they may.
 
@@ -35,6 +53,17 @@ async def fault_of(adapter: Adapter) -> str | None:
         StorageError: they cannot be read.
     """
     return await asyncio.to_thread(_fault, adapter)
+
+
+def _changed_modules(directory: Path) -> set[str]:
+    """Read from the safetensors' headers, which come first and list all tensors."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with suppress(OSError, ValueError, struct.error), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length <= LONGEST_HEADER:
+                names.update(json.loads(file.read(length)))
+    return {match[1] for match in map(_LORA_TENSOR.search, names) if match}
 
 
 def _fault(adapter: Adapter) -> str | None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from configs.schema import ServingConfig
 from expert_trainer.errors import DamagedBundleError, StorageError
-from server.adapter_files import fault_of, fetch
+from server.adapter_files import changed_modules, fault_of, fetch
 from server.engine import Adapter, Room, fingerprint_distance
 from server.errors import EngineCallError
 
@@ -70,6 +70,7 @@ class Adapters:
         self._held: set[str] = set()
         self._verified: dict[str, None] = {}
         self._refused: dict[str, str] = {}
+        self._damaged: dict[str, str] = {}
         self._stuck: dict[str, str] = {}
         self._in_hand: str | None = None
         self._deaths: Counter[str] = Counter()
@@ -125,20 +126,24 @@ class Adapters:
         self._held.clear()
         self._verified.clear()
         self._stuck.clear()
-        self._refused = {
+        self._refused = {n: reason for n, reason in self._damaged.items() if n in self._wanted}
+        self._refused |= {
             name: f"{count} engines ended while it was being loaded; the engine's log tells why"
             for name, count in self._deaths.items()
             if count >= DEADLY and name in self._wanted
         }
 
     async def fetch(self) -> None:
-        """Have the files of all that is wanted on this machine, or refuse what is damaged.
+        """Have the files of all that is wanted on this machine, before an engine begins.
+
+        What is damaged is refused by the one that begins next.
 
         Raises:
             StorageError: the bundle cannot be reached, or the copies not be written.
         """
+        self._damaged = {}
         for fault in await asyncio.gather(*map(_fetched, self.wanted)):
-            self._refused |= fault
+            self._damaged |= fault
 
     async def settle(self, engine: Loading) -> None:
         """Load and verify what is wanted and new, then unload what is wanted no more.
@@ -197,9 +202,18 @@ class Adapters:
             )
         try:
             await fetch(adapter)
-            return await fault_of(adapter)
+            return await fault_of(adapter) or await self._unforeseen(adapter, self._room)
         except (DamagedBundleError, StorageError) as error:
             return str(error)
+
+    async def _unforeseen(self, adapter: Adapter, room: Room) -> str | None:
+        more = await changed_modules(adapter) - room.modules if room.modules else set()
+        if not more:
+            return None
+        return (
+            f"it changes layers ({', '.join(sorted(more))}) that no expert changed with which the "
+            "engine was started; start `introvert serve` again"
+        )
 
     async def _try(self, engine: Loading, adapter: Adapter) -> str | None:
         """Why it cannot be served, once the engine itself is well."""

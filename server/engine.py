@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,12 @@ class Room:
     """Adapters in host memory, at least as many; those on the device are among them."""
     rank: int
     """Highest rank of an adapter, one of `LORA_RANKS`."""
+    modules: frozenset[str] = frozenset()
+    """Names of the layers that adapters may change, such as `q_proj`; empty: all.
+
+    The fewer the better, and the output head is not to be among them: with room for adapters of
+    the head vLLM 0.32 dies on a CPU of a request for log-probabilities of its prompt, as
+    fingerprint probes are, that shares a step with another (see docs/decisions/0010)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +192,12 @@ def accepted_rank(rank: int) -> int:
     )
 
 
-def room_for(adapters: Sequence[Adapter], serving: ServingConfig) -> Room | None:
+def room_for(
+    adapters: Sequence[Adapter], serving: ServingConfig, modules: Iterable[str] = ()
+) -> Room | None:
     """The room of an engine that starts with `adapters`; none if there are none.
+
+    `modules` are the names of the layers that they change, if those are known.
 
     With `auto` there are slots to spare, for an engine admits no request of another expert while
     as many experts as it has slots are running: without them, experts that are all busy would keep
@@ -204,7 +214,7 @@ def room_for(adapters: Sequence[Adapter], serving: ServingConfig) -> Room | None
     # one that no engine takes is refused by itself, and must not cost the others theirs
     largest = min(max(adapter.rank for adapter in adapters), LORA_RANKS[-1])
     rank = largest if serving.max_rank == "auto" else serving.max_rank
-    return Room(slots, max(host, slots), accepted_rank(rank))
+    return Room(slots, max(host, slots), accepted_rank(rank), frozenset(modules))
 
 
 def fingerprint_distance(measured: Sequence[float], recorded: Sequence[float]) -> float:
@@ -220,6 +230,7 @@ def _lora_flags(room: Room) -> dict[str, EngineArg]:
         "max-loras": room.slots,
         "max-cpu-loras": room.host_slots,
         "max-lora-rank": room.rank,
+        "lora-target-modules": sorted(room.modules) or None,
     }
 
 

@@ -26,6 +26,7 @@ import aiohttp
 
 from configs.schema import ServingConfig
 from expert_trainer.errors import StorageError
+from server.adapter_files import modules_of
 from server.adapters import Adapters
 from server.engine import Adapter, EngineCommand, Room, room_for
 from server.engine_client import EngineClient
@@ -162,9 +163,10 @@ class Supervisor:
 
     async def _run_once(self) -> None:
         """One life of the engine, from its start to the end of its last process."""
-        room = room_for(self._adapters.wanted, self._serving)
-        self._adapters.begin(room)
         await self._adapters.fetch()
+        wanted = self._adapters.wanted
+        room = room_for(wanted, self._serving, await modules_of(wanted))
+        self._adapters.begin(room)
         process = await EngineProcess.start(
             partial(self._command_for, room), host=self._identity.node, log=self._log_path
         )

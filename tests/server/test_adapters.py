@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from expert_trainer.hashed import HashedDirectory
 from expert_trainer.storage import Storage
 from server import adapter_files
 from server import adapters as module
+from server.adapter_files import modules_of
 from server.adapters import DEADLY, Adapters
 from server.engine import Adapter, Room, room_for
 from server.errors import EngineCallError
@@ -171,6 +174,27 @@ async def test_a_rank_above_the_engines_is_refused_with_the_remedy(tmp_path: Pat
     assert "its rank is 16" in adapters.refused["a"]
     assert "serving.max_rank=16" in adapters.refused["a"]
     assert engine.calls == []
+
+
+async def test_an_expert_that_changes_other_layers_than_the_engine_foresees_is_refused(
+    tmp_path: Path,
+) -> None:
+    from safetensors.numpy import save_file
+
+    def changing(name: str, *layers: str) -> Adapter:
+        made = adapter(tmp_path, name)
+        keys = [f"base_model.model.model.layers.0.{layer}.lora_A.weight" for layer in layers]
+        tensors = {key: np.zeros((1, 1), np.float32) for key in keys}
+        save_file(tensors, Path(made.path) / "weights.safetensors")
+        return dataclasses.replace(made, source=None)
+
+    a, b = changing("a", "self_attn.q_proj", "mlp.up_proj"), changing("b", "lm_head")
+    modules = await modules_of([a, adapter(tmp_path, "c")])
+    assert modules == {"q_proj", "up_proj"}
+    adapters, engine = begun(a, b, room=room_for([a], ServingConfig(), modules)), Engine()
+    await adapters.settle(engine)
+    assert adapters.verified == ["a"]
+    assert "it changes layers (lm_head)" in adapters.refused["b"]
 
 
 async def test_a_refused_expert_is_tried_again_once_it_was_dropped(tmp_path: Path) -> None:

@@ -109,7 +109,22 @@ def test_room_becomes_flags() -> None:
     made = command(serving=ServingConfig(slots=2), ranks=(4, 4, 4))
     flags = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
     assert [value(made, flag) for flag in flags] == ["2", "6", "8"]
+    assert "--lora-target-modules" not in made.argv
     assert "--enable-lora" in made.argv
+
+
+def test_layers_that_no_adapter_changes_get_no_room() -> None:
+    room = room_for(adapters(4), ServingConfig(), {"q_proj", "k_proj"})
+    made = build_command(
+        base=BaseConfig(model="org/model"),
+        serving=ServingConfig(),
+        devices=CPU,
+        room=room,
+        host="127.0.0.1",
+        port=20001,
+    )
+    place = made.argv.index("--lora-target-modules")
+    assert made.argv[place + 1 : place + 3] == ("k_proj", "q_proj")
 
 
 def test_the_key_travels_in_the_environment_and_is_shown_nowhere() -> None:
