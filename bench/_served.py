@@ -41,6 +41,12 @@ class Served:
             found: dict[str, Any] = json.load(answer)
         return found
 
+    def change(self) -> dict[str, Any]:
+        """What the control plane says of its bundle; raises OSError where none answers."""
+        with DIRECT.open(f"{self.url}/admin/bundle", timeout=10) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
     def table(self) -> RoutingTable:
         return RoutingTable.model_validate(self.status()["table"])
 
