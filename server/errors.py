@@ -9,9 +9,11 @@ IntrovertError
     ├── NotReadyError         the workers were not ready in the time given
     ├── GatewayFailedError    the gateway process does not start
     ├── KeysError             the file of API keys cannot be read, used or written
+    ├── ControlFailedError    the control process does not start; another error's text and code
     ├── EngineCallError       an engine refused or did not answer one call; the supervisor's own
     ├── WorkerLostError       a worker's actor is dead or unreachable; the controller's own
-    └── NotBegunError         the controller was started again and waits for its task; the driver's
+    └── NotBegunError         the controller was started again and waits for its orders; the control
+                              process' own
 """
 
 from __future__ import annotations
@@ -64,6 +66,12 @@ class KeysError(ServerError):
     """The file of API keys is not there, says something wrong, or cannot be written."""
 
     exit_code = 2
+class ControlFailedError(ServerError):
+    """The control process could not start; the text and exit code are those of its own error."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(reason)
 
 
 class EngineCallError(ServerError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from configs.schema import ServingConfig
 from server.errors import TopologyError
@@ -54,21 +55,63 @@ def plan_workers(nodes: Sequence[Node], serving: ServingConfig) -> list[WorkerSp
         raise _no_room(ordered, sum(room), wanted, gpus, serving)
     taken = _spread(room, wanted)
     specs: list[WorkerSpec] = []
-    for node, count in zip(ordered, taken, strict=True):
-        for place in range(count):
-            first = place * serving.cpus_per_worker
-            cores = () if gpus else tuple(range(first, first + serving.cpus_per_worker))
-            specs.append(
-                WorkerSpec(
-                    id=f"worker-{len(specs)}",
-                    node_id=node.id,
-                    address=node.address,
-                    gpus=gpus,
-                    cpus=serving.cpus_per_worker,
-                    cores=cores,
-                )
-            )
+    for node, number in zip(ordered, taken, strict=True):
+        for place in range(number):
+            specs.append(_spec(len(specs), node, gpus, serving.cpus_per_worker, place))
     return specs
+
+
+def replan_workers(
+    current: Sequence[WorkerSpec], nodes: Sequence[Node], serving: ServingConfig
+) -> list[WorkerSpec]:
+    """Who works after nodes came or went: workers on living nodes stay, others take their numbers.
+
+    As many as are configured, or with `auto` as many as fit the nodes that are there; fewer where
+    there is no room, in the hope of nodes to come.
+    """
+    ordered = sorted(nodes, key=lambda node: (node.address, node.id))
+    alive = {node.id for node in ordered}
+    specs = [spec for spec in current if spec.node_id in alive]
+    gpus = specs[0].gpus if specs else _gpus_per_worker(ordered, serving)
+    # a node that offers less than before, or more workers than it should have, loses nobody
+    room = [
+        max(0, _room(node, gpus, serving.cpus_per_worker) - _count(specs, node)) for node in ordered
+    ]
+    wanted = sum(room) if serving.workers == "auto" else serving.workers - len(specs)
+    taken = _spread(room, min(max(wanted, 0), sum(room)))
+    for node, more in zip(ordered, taken, strict=True):
+        for _ in range(more):
+            number = _first_free({int(spec.id.rpartition("-")[2]) for spec in specs})
+            specs.append(
+                _spec(number, node, gpus, serving.cpus_per_worker, _free_place(specs, node))
+            )
+    return sorted(specs, key=lambda spec: int(spec.id.rpartition("-")[2]))
+
+
+def _spec(number: int, node: Node, gpus: int, cpus: int, place: int) -> WorkerSpec:
+    first = place * cpus
+    return WorkerSpec(
+        id=f"worker-{number}",
+        node_id=node.id,
+        address=node.address,
+        gpus=gpus,
+        cpus=cpus,
+        cores=() if gpus else tuple(range(first, first + cpus)),
+    )
+
+
+def _count(specs: Sequence[WorkerSpec], node: Node) -> int:
+    return sum(spec.node_id == node.id for spec in specs)
+
+
+def _free_place(specs: Sequence[WorkerSpec], node: Node) -> int:
+    """The first core set of a node that no worker has."""
+    taken = {spec.cores[0] // spec.cpus for spec in specs if spec.node_id == node.id and spec.cores}
+    return _first_free(taken)
+
+
+def _first_free(taken: set[int]) -> int:
+    return next(number for number in count() if number not in taken)
 
 
 def _gpus_per_worker(nodes: Sequence[Node], serving: ServingConfig) -> int:

@@ -161,6 +161,7 @@ class WorkerHandle:
 def create_worker(
     worker_id: str,
     *,
+    name: str,
     node_id: str,
     address: str,
     cpus: int,
@@ -170,11 +171,14 @@ def create_worker(
 ) -> WorkerHandle:
     """Create a worker's actor on a node; Ray starts it again whenever it dies.
 
+    It outlives whoever creates it, who must kill it, or find it by its name and go on.
     A call that its death interrupts is not repeated: the controller asks again soon.
     """
     actor = (
         ray.remote(Worker)
         .options(
+            name=name,
+            lifetime="detached",
             num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=-1,

@@ -19,7 +19,7 @@ from deploy.output import note, say, table, write_report
 from deploy.progress import StageBar
 from deploy.training_view import TrainingView
 from expert_trainer.pretraining import SmallLlama, pretrain
-from server.cluster import Cluster, check_port, list_nodes
+from server.cluster import Cluster, check_port
 from server.topology import plan_workers
 
 TERMS_SHOWN = 5
@@ -36,6 +36,7 @@ def run_demo(config: RunConfig, *, once: bool, report: str | None) -> int:
     """
     from expert_trainer.evaluation import Evaluation
     from expert_trainer.runtime import ray_session
+    from server.control.staff import list_nodes
 
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     check_port(config)  # now, not after ten minutes of training
@@ -46,21 +47,21 @@ def run_demo(config: RunConfig, *, once: bool, report: str | None) -> int:
         plan_workers(list_nodes(), config.serving)  # now as well
         failed = _train(config, stages)
         evaluation = Evaluation.model_validate(_evaluate(config, stages))
-        with contextlib.ExitStack() as serving:
-            with stages.timed("cluster"):
-                cluster = serving.enter_context(Cluster(config))
-                cluster.wait_ready(config.serving.startup_timeout_s)
-            experts = _experts(config, evaluation, cluster)
-            _say_experts(experts, evaluation)
-            with stages.timed("questions"):
-                answers = [_say_answer(answer) for answer in ask_all(cluster.url)]
-            engines = sorted({worker.engine for worker in cluster.table.workers})
-            write_report(report, _report(stages, evaluation, experts, answers, engines))
-            say(f"\nready: {cluster.url}/v1")
-            if not once:
-                say(_invitation(cluster.url, config))
-                until_stopped()
-            note("stopping …")
+    with contextlib.ExitStack() as serving:
+        with stages.timed("cluster"):
+            cluster = serving.enter_context(Cluster(config))
+            cluster.wait_ready(config.serving.startup_timeout_s)
+        experts = _experts(config, evaluation, cluster)
+        _say_experts(experts, evaluation)
+        with stages.timed("questions"):
+            answers = [_say_answer(answer) for answer in ask_all(cluster.url)]
+        engines = sorted({worker.engine for worker in cluster.table.workers})
+        write_report(report, _report(stages, evaluation, experts, answers, engines))
+        say(f"\nready: {cluster.url}/v1")
+        if not once:
+            say(_invitation(cluster.url, config))
+            until_stopped()
+        note("stopping …")
     return 1 if failed else 0
 
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 
 from configs.manifest import Fingerprint
-from server import controller as module
-from server.controller import Controller, Deployment, ServedExpert
+from server import caretaker as module
+from server.controller import Controller
 from server.engine import Adapter
 from server.errors import NotBegunError, WorkerLostError
+from server.orders import Deployment, Orders, Post, Rules, ServedExpert
 from server.table import RoutingTable, WorkerEntry, WorkerState
 from server.worker import WorkerStatus
 
@@ -65,9 +66,8 @@ DEPLOYMENT = Deployment(
     bundle="0123456789ab",
     base_name="base",
     experts=tuple(expert(i, mass) for i, mass in enumerate([0.5, 0.3, 0.2])),
-    slots=None,
-    silence_s=0.3,
 )
+RULES = Rules(slots=None, silence_s=0.3, move_after_s=3600, settle_s=0.0, rebalance_s=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +80,17 @@ class Fixture:
     def __init__(self) -> None:
         self.workers = {name: FakeWorker(name) for name in ("worker-0", "worker-1")}
         self.controllers: list[Controller] = []
+        self.rules = RULES
         self.seen = 0
 
     async def controller(self, last: RoutingTable | None = None) -> Controller:
         self.controllers.append(Controller())
-        nodes = dict.fromkeys(self.workers, "127.0.0.1")
-        await self.controllers[-1].begin(DEPLOYMENT, self.workers, nodes, last)
+        posts = self.posts(adopted=last is not None)
+        await self.controllers[-1].direct(Orders(DEPLOYMENT), posts, self.rules, last)
         return self.controllers[-1]
+
+    def posts(self, adopted: bool = False) -> dict[str, Post]:
+        return {name: Post(name, w, "127.0.0.1", adopted) for name, w in self.workers.items()}
 
     async def until(
         self, controller: Controller, condition: Callable[[RoutingTable], bool]
@@ -157,7 +161,7 @@ async def test_a_silent_worker_is_down_only_after_a_while(fixture: Fixture) -> N
     fixture.workers["worker-0"].silent = True
     began = time.monotonic()
     table = await fixture.until(controller, lambda table: table.workers[0].state == "down")
-    assert time.monotonic() - began >= DEPLOYMENT.silence_s - 0.15
+    assert time.monotonic() - began >= RULES.silence_s - 0.15
     assert table.workers[0].detail == "it does not answer"
     assert table.workers[1].state == "ready"
 
@@ -199,5 +203,5 @@ async def test_one_that_was_told_nothing_says_so() -> None:
 async def test_told_twice_it_goes_on_as_it_was(fixture: Fixture) -> None:
     controller = await fixture.controller()
     before = await fixture.until(controller, all_ready)
-    await controller.begin(DEPLOYMENT, fixture.workers, dict.fromkeys(fixture.workers, "elsewhere"))
+    await controller.direct(Orders(DEPLOYMENT), fixture.posts(), RULES)
     assert await controller.table(before.version, 0.1) is None

@@ -1,0 +1,1 @@
+"""The control process: Ray, the controller, the workers, and the change of what they serve."""

@@ -1,0 +1,106 @@
+"""The control process: `python -m server.control --config FILE --run-dir DIR`.
+
+Prints one line of JSON on standard output: that the first table is written, or why none can be.
+Ends when its standard input closes, since then the process that started it is gone or asks for
+it; controller and workers end with it then. Killed, it leaves them to the next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from configs.errors import IntrovertError
+from configs.schema import RunConfig
+from expert_trainer.runtime import ray_session
+from server.process import STOP_TIMEOUT_S
+
+logger = logging.getLogger("server.control")
+
+END_S = STOP_TIMEOUT_S + 20.0
+"""Longest that the end may take: a Ray that dies meanwhile must not hold it up for ever."""
+
+
+def main() -> int:
+    """Run the control plane; the exit code is 0 after an orderly end."""
+    arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    config = RunConfig.model_validate_json(arguments.config.read_bytes())
+    try:
+        with ray_session():
+            asyncio.run(_run(config, arguments.run_dir))
+    except IntrovertError as error:
+        logger.error("%s", error)
+        _tell({"error": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    return 0
+
+
+async def _run(config: RunConfig, run_dir: Path) -> None:
+    from server.control.plane import ControlPlane
+
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, over.set)
+    threading.Thread(target=_await_end_of_input, args=(loop, over.set), daemon=True).start()
+    plane = ControlPlane(config, run_dir)
+    try:
+        if not await _unless(over, plane.begin()):
+            return
+        _tell({"ready": plane.table.version})
+        await _unless(over, plane.keep())
+    finally:
+        dog = threading.Timer(END_S, os._exit, [1])
+        dog.daemon = True
+        dog.start()
+        await plane.end()
+
+
+async def _unless(over: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work unless it is over before; whether it was done. What it raises is raised."""
+    doing = asyncio.create_task(work)
+    waiting = asyncio.create_task(over.wait())
+    try:
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            doing.result()
+            return True
+        return False
+    finally:
+        for task in (doing, waiting):
+            task.cancel()
+        await asyncio.gather(doing, waiting, return_exceptions=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server.control", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="a RunConfig as JSON")
+    parser.add_argument("--run-dir", type=Path, required=True, help="where the table is written")
+    return parser.parse_args()
+
+
+def _tell(fact: dict[str, object]) -> None:
+    """One line of JSON for the process that started this one."""
+    sys.stdout.write(json.dumps(fact) + "\n")
+    sys.stdout.flush()
+
+
+def _await_end_of_input(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    logger.info("standard input closed: the control plane ends")
+    loop.call_soon_threadsafe(end)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

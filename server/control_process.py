@@ -1,0 +1,185 @@
+"""The control plane as the driver sees it: child processes that are started again when they die.
+
+Two of them, since whoever is connected to a Ray head dies with it, and a private cluster dies with
+whoever has started it: one holds Ray up, where the run has a Ray of its own; the other is the
+control process, which finds its workers again in a Ray that goes on. Both end when their standard
+input closes, so they cannot outlive the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig
+from expert_trainer.runtime import RAY_ENVIRONMENT
+from server.errors import ControlFailedError
+
+log = logging.getLogger(__name__)
+
+SESSION = "server.control.session"
+CONTROL = "server.control"
+END_S = 60.0
+"""Longest that an ending child may take before it is killed."""
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""Seconds of life after which a death is not held against the next start."""
+
+
+class ControlProcess:
+    """The control plane, from `start` to `stop`."""
+
+    def __init__(self, config: RunConfig, *, run_dir: Path, log_dir: Path) -> None:
+        """Describe it; nothing is started yet.
+
+        Args:
+            config: the run.
+            run_dir: where it writes the table and what it remembers; the config is written there.
+            log_dir: both processes' standard errors are appended to files here.
+        """
+        self._config = config
+        self._run_dir = run_dir
+        self._session = Child(SESSION, log_dir / "ray.log")
+        self._control = Child(CONTROL, log_dir / "control.log")
+        self._failures = 0
+        self._started = 0.0
+        self._pause_until = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the control process, if it runs."""
+        return self._control.pid
+
+    def start(self) -> None:
+        """Start what is not running; return when the table is written.
+
+        Raises:
+            ControlFailedError: it cannot be; the text and the exit code are its own reason's.
+        """
+        environment = dict(os.environ)
+        if not os.environ.get("RAY_ADDRESS"):
+            if not self._session.alive:
+                self._control.kill()  # it has lost its Ray, and could not even take leave of it
+                self._session.start()
+                self._address = str(self._session.fact()["address"])
+            environment |= RAY_ENVIRONMENT | {"RAY_ADDRESS": self._address}
+        config_file = self._run_dir / "control-config.json"
+        config_file.write_text(self._config.model_dump_json(), encoding="utf-8")
+        files = ["--config", str(config_file), "--run-dir", str(self._run_dir)]
+        self._control.start(files, environment)
+        self._control.fact()
+        self._started = time.monotonic()
+
+    def revive(self, ended: Callable[[], bool]) -> None:
+        """Start again what has died, after a pause that grows with each failure in a row.
+
+        Args:
+            ended: whether the driver ends, so that nothing is to be started.
+        """
+        if self._control.alive and (self._session.alive or os.environ.get("RAY_ADDRESS")):
+            return
+        now = time.monotonic()
+        if now < self._pause_until or ended():
+            return
+        if now - self._started > STEADY_S:
+            self._failures = 0
+        log.warning("the control plane has ended; starting it")
+        try:
+            self.start()
+        except ControlFailedError as error:
+            log.error("%s", error)
+        self._failures += 1
+        pause = min(FIRST_PAUSE_S * 2.0**self._failures, LONGEST_PAUSE_S)
+        self._pause_until = time.monotonic() + pause
+
+    def stop(self) -> None:
+        """End the control plane, workers included; return when both processes are gone."""
+        self._control.stop()
+        self._session.stop()
+
+
+class Child:
+    """A process that tells one line of JSON and ends when its standard input closes."""
+
+    def __init__(self, module: str, log_file: Path) -> None:
+        """Describe it; nothing is started yet."""
+        self._module = module
+        self._log_file = log_file
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, while it runs."""
+        return self._process.pid if self._process and self.alive else None
+
+    def start(
+        self, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start it, in the place of one that has died."""
+        self.kill()
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self._module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the driver, which ends it in order
+            )
+
+    def fact(self) -> dict[str, Any]:
+        """What it tells of its start, waited for until it does or ends.
+
+        Raises:
+            ControlFailedError: that it cannot start; with its own reason.
+        """
+        assert self._process, "it was started"
+        assert self._process.stdout, "it was asked for"
+        fact: dict[str, Any] = {}
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries may print other lines
+                fact = json.loads(line)
+                break
+        if not fact or "error" in fact:
+            self.stop()
+            reason = fact.get("error") or f"the control plane ended; see {self._log_file}"
+            raise ControlFailedError(str(reason), int(fact.get("exit_code", 1)))
+        return fact
+
+    def stop(self) -> None:
+        """Have it end in order; kill it if it does not."""
+        if self._process is None:
+            return
+        assert self._process.stdin, "it was asked for"
+        self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            log.error("%s does not end; it is killed", self._module)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, if it runs."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
