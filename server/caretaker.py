@@ -115,6 +115,7 @@ class Caretaker:
                 self._placements.get(deployment.bundle, before),
                 self._demands(deployment),
                 capacities,
+                self._rules.policy,
             )
             for deployment in self._orders.deployments
         }
@@ -163,6 +164,7 @@ class Caretaker:
                 self._demands(deployment),
                 self._capacities(),
                 out,
+                self._rules.policy,
             )
             for deployment in self._orders.deployments
         }

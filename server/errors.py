@@ -66,6 +66,8 @@ class KeysError(ServerError):
     """The file of API keys is not there, says something wrong, or cannot be written."""
 
     exit_code = 2
+
+
 class ControlFailedError(ServerError):
     """The control process could not start; the text and exit code are those of its own error."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from server.placement import ExpertDemand, Placement, WorkerCapacity, replan
+from server.placement import ExpertDemand, Placement, Policy, WorkerCapacity, replan
 
 Hosts = tuple[str, ...]
 """Worker ids, the first one preferred."""
@@ -25,6 +25,7 @@ def shelters(
     experts: Sequence[ExpertDemand],
     workers: Sequence[WorkerCapacity],
     out: Collection[str],
+    policy: Policy,
 ) -> dict[str, Hosts]:
     """Homes by expert id, with a shelter for each expert whose homes are all out.
 
@@ -33,14 +34,16 @@ def shelters(
         experts: all of the placement's.
         workers: all of them, those that are out too.
         out: ids of the workers that are not to be counted on now.
+        policy: as for the placement.
     """
     standing = [worker for worker in workers if worker.id not in out]
     stranded = {e.id for e in experts if all(home in out for home in placement.homes[e.id])}
     if not stranded or not standing:
         return dict(placement.homes)
-    found = replan(placement, experts, standing).homes
+    found = replan(placement, experts, standing, policy).homes
     return {
-        expert.id: placement.homes[expert.id] + (found[expert.id] if expert.id in stranded else ())
+        expert.id: placement.homes[expert.id]
+        + (found[expert.id][:1] if expert.id in stranded else ())
         for expert in experts
     }
 

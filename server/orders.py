@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from server.engine import Adapter
+from server.placement import Policy
 
 if TYPE_CHECKING:  # it imports Ray, and the driver does not
     from server.worker import WorkerStatus
@@ -76,6 +77,8 @@ class Rules:
     """Seconds that a home holds an expert before the one that it left lets go."""
     rebalance_s: float
     """Seconds between two looks at the demand; 0: never."""
+    policy: Policy
+    """How demands become homes."""
 
 
 class WorkerPort(Protocol):

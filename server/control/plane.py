@@ -24,6 +24,7 @@ from server.control.state import ControlState, read_state, write_state
 from server.controller import create_controller
 from server.errors import NotBegunError, ServerError
 from server.orders import Orders, Rules
+from server.placement import Policy
 from server.table import TABLE_FILE, RoutingTable, read_table, write_table
 from server.worker import EngineSettings
 
@@ -236,4 +237,5 @@ def rules(config: RunConfig) -> Rules:
         move_after_s=serving.move_after_s,
         settle_s=SETTLE_S,
         rebalance_s=serving.rebalance_s,
+        policy=Policy(max_replicas=serving.max_replicas, gain=serving.rebalance_gain),
     )

@@ -12,6 +12,7 @@ from server.controller import Controller
 from server.engine import Adapter
 from server.errors import NotBegunError, WorkerLostError
 from server.orders import Deployment, Orders, Post, Rules, ServedExpert
+from server.placement import Policy
 from server.table import RoutingTable, WorkerEntry, WorkerState
 from server.worker import WorkerStatus
 
@@ -67,7 +68,9 @@ DEPLOYMENT = Deployment(
     base_name="base",
     experts=tuple(expert(i, mass) for i, mass in enumerate([0.5, 0.3, 0.2])),
 )
-RULES = Rules(slots=None, silence_s=0.3, move_after_s=3600, settle_s=0.0, rebalance_s=0.0)
+RULES = Rules(
+    slots=None, silence_s=0.3, move_after_s=3600, settle_s=0.0, rebalance_s=0.0, policy=Policy()
+)
 
 
 @pytest.fixture(autouse=True)
