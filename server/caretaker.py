@@ -14,7 +14,7 @@ from server.engine import Adapter
 from server.errors import WorkerLostError
 from server.homes import Homes, Hosts, shelters
 from server.orders import Deployment, Orders, Post, Rules
-from server.placement import ExpertDemand, Placement, WorkerCapacity, replan
+from server.placement import ExpertDemand, Placement, WorkerCapacity, plan_placement, replan
 from server.table import Canary, ExpertHome, RoutingTable, WorkerEntry
 
 POLL_S = 0.5
@@ -51,8 +51,9 @@ class Caretaker:
         self._homes: dict[str, Hosts] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        self._staff(posts, {entry.id: entry for entry in last.workers} if last else {})
-        self._place()
+        known = {entry.id: entry for entry in last.workers} if last else {}
+        self._staff(posts, known)
+        self._place(anew=known.keys() != posts.keys())
         self._look()
         self._table = self._build(version=last.version if last else 1)
         if last is not None and self._table != last:
@@ -62,8 +63,7 @@ class Caretaker:
     async def direct(self, orders: Orders, posts: Mapping[str, Post]) -> None:
         """Have these workers hold this from now on."""
         self._orders = orders
-        self._staff(posts, {})
-        self._place()
+        self._place(anew=self._staff(posts, {}))
         self._look()
         await self._publish()
 
@@ -90,8 +90,9 @@ class Caretaker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _staff(self, posts: Mapping[str, Post], known: Mapping[str, WorkerEntry]) -> None:
-        """Watch these workers and no others."""
+    def _staff(self, posts: Mapping[str, Post], known: Mapping[str, WorkerEntry]) -> bool:
+        """Watch these workers and no others; whether they are others than before."""
+        before = set(self._posts)
         for worker in [w for w, post in self._posts.items() if posts.get(w) != post]:
             self._tasks.pop(worker).cancel()
             self._was_ready.discard(worker)
@@ -103,23 +104,28 @@ class Caretaker:
             self._entries[worker] = old or _unheard(worker, post.node)
             self._ready_at[worker] = time.monotonic()
             self._tasks[worker] = asyncio.create_task(self._watch(worker, post))
+        return before != set(self._posts)
 
-    def _place(self) -> None:
-        """Plan where experts live, from where they live now."""
-        capacities = self._capacities()
-        before = self._placements.get(self._orders.served.bundle) or next(
-            iter(self._placements.values()), Placement({})
+    def _place(self, anew: bool) -> None:
+        """Plan where the experts of new bundles live; or those of all, from where they live now."""
+        beside = self._placements.get(self._orders.served.bundle) or next(
+            iter(self._placements.values()), None
         )
-        self._placements = {
-            deployment.bundle: replan(
-                self._placements.get(deployment.bundle, before),
-                self._demands(deployment),
-                capacities,
-                self._rules.policy,
-            )
-            for deployment in self._orders.deployments
-        }
+        placements = {}
+        for deployment in self._orders.deployments:
+            before = self._placements.get(deployment.bundle)
+            if before is None or anew:
+                placements[deployment.bundle] = self._plan(deployment, before or beside)
+            else:
+                placements[deployment.bundle] = before
+        self._placements = placements
         self._sheltered = None
+
+    def _plan(self, deployment: Deployment, before: Placement | None) -> Placement:
+        demands, capacities = self._demands(deployment), self._capacities()
+        if before is None:
+            return plan_placement(demands, capacities, self._rules.policy)
+        return replan(before, demands, capacities, self._rules.policy)
 
     def _demands(self, deployment: Deployment) -> list[ExpertDemand]:
         """Loads by the rates measured, by the corpus' shares where there are none yet."""
@@ -186,7 +192,7 @@ class Caretaker:
             rebalance_s = self._rules.rebalance_s
             if self._rates and rebalance_s and time.monotonic() - self._looked >= rebalance_s:
                 self._looked = time.monotonic()
-                self._place()
+                self._place(anew=True)
             if self._look():
                 await self._publish()
 

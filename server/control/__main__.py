@@ -47,19 +47,26 @@ def main() -> int:
 
 
 async def _run(config: RunConfig, run_dir: Path) -> None:
+    from server.control.api import create_app, listening
     from server.control.plane import ControlPlane
+    from server.control.publisher import Publisher
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, over.set)
     threading.Thread(target=_await_end_of_input, args=(loop, over.set), daemon=True).start()
     plane = ControlPlane(config, run_dir)
+    publisher: Publisher | None = None
     try:
         if not await _unless(over, plane.begin()):
             return
-        _tell({"ready": plane.table.version})
-        await _unless(over, plane.keep())
+        publisher = Publisher(plane, config, gather, plane.last_change)
+        async with listening(create_app(publisher), run_dir / CONTROL_SOCKET):
+            _tell({"ready": plane.table.version})
+            await _unless(over, plane.keep())
     finally:
+        if publisher is not None:
+            await publisher.end()
         dog = threading.Timer(END_S, os._exit, [1])
         dog.daemon = True
         dog.start()

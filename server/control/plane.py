@@ -19,11 +19,12 @@ from configs.schema import RunConfig
 from expert_trainer.base import resolve_base
 from expert_trainer.bundle import COPIES_DIR, Bundle, open_bundle
 from server.control.bundles import check_base, describe
+from server.control.change import Change
 from server.control.staff import Staff, kill, list_nodes
 from server.control.state import ControlState, read_state, write_state
 from server.controller import create_controller
 from server.errors import NotBegunError, ServerError
-from server.orders import Orders, Rules
+from server.orders import Deployment, Orders, Rules
 from server.placement import Policy
 from server.table import TABLE_FILE, RoutingTable, read_table, write_table
 from server.worker import EngineSettings
@@ -140,6 +141,16 @@ class ControlPlane:
         self._state = self._state.model_copy(update={"place": place, "manifest": bundle.manifest})
         self._save()
 
+    def remember_change(self, change: Change) -> None:
+        """Have a control process after this one know of a change."""
+        self._state = self._state.model_copy(update={"change": change})
+        self._save()
+
+    @property
+    def last_change(self) -> Change | None:
+        """What a control process before this one knew of a change."""
+        return self._state.change
+
     async def until(
         self, condition: Callable[[RoutingTable], bool], timeout_s: float | None
     ) -> RoutingTable:
@@ -159,7 +170,7 @@ class ControlPlane:
         except RayError as error:
             self._note_silence(error)
 
-    def describe(self, bundle: Bundle, place: str) -> Any:
+    def describe(self, bundle: Bundle, place: str) -> Deployment:
         """A bundle as the workers are told of it.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.manifest import BundleManifest
+from server.control.change import Change
 from server.topology import WorkerSpec
 
 STATE_FILE = "control.json"
@@ -52,6 +53,8 @@ class ControlState(BaseModel):
     manifest: BundleManifest | None = None
     """Its manifest: another may lie at that place by now."""
     workers: tuple[HiredWorker, ...] = ()
+    change: Change | None = None
+    """The change of bundles under way, or the last one."""
 
 
 def read_state(run_dir: Path) -> ControlState | None:
