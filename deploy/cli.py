@@ -116,6 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
     _experts(_add(commands, "experts", "list, show, withdraw or restore the experts of a bundle"))
 
     _keys(_add(commands, "keys", "make, list and revoke the API keys of gateway.keys_file"))
+    publish = _add(
+        commands, "publish", "have a running endpoint serve another bundle, without a pause"
+    )
+    _publish(publish)
 
     status = _add(commands, "status", "show what a running endpoint holds")
     _endpoint(status)
@@ -183,6 +187,25 @@ def _endpoint(parser: argparse.ArgumentParser) -> None:
         help="the admin key's file; default: the environment variable INTROVERT_ADMIN_KEY, or the "
         "key that `introvert serve` made on this machine",
     )
+
+
+def _publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        nargs="?",
+        help="the bundle's directory or URL, beside the one that the endpoint was started with",
+    )
+    _endpoint(parser)
+    parser.add_argument(
+        "--canary",
+        metavar="SHARE",
+        type=float,
+        help="have it answer this share of the conversations until it is promoted",
+    )
+    parser.add_argument("--promote", action="store_true", help="serve the canary")
+    parser.add_argument("--abort", action="store_true", help="take the change back")
+    _report(parser)
 
 
 def _config(parser: argparse.ArgumentParser) -> None:

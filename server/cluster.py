@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -29,17 +28,15 @@ from server.control.bundles import check_base
 from server.control_process import ControlProcess
 from server.engine import check_engine_args
 from server.errors import EngineFailedError, NotReadyError, PortTakenError, ServingConfigError
-from server.gateway_process import GatewayProcess
+from server.gateway_process import GatewayProcesses
 from server.process import is_free
-from server.table import CONTROL_SOCKET, ENGINE_KEY_FILE, TABLE_FILE, RoutingTable, read_table
+from server.table import ENGINE_KEY_FILE, TABLE_FILE, RoutingTable, read_table
 
 log = logging.getLogger(__name__)
 
 KEEP_S = 0.25
 """Seconds between two looks at the processes."""
 WAIT_POLL_S = 0.1
-LONGEST_SOCKET = 107
-"""Characters of a Unix socket's path, at the most."""
 
 
 class Cluster:
@@ -56,7 +53,7 @@ class Cluster:
         """Describe the cluster; nothing is started yet."""
         self._config = config
         self._resources = ExitStack()
-        self._gateway: GatewayProcess | None = None
+        self._gateway: GatewayProcesses | None = None
         self._control: ControlProcess | None = None
         self._table_file = Path()
         self._ending = threading.Event()
@@ -85,12 +82,7 @@ class Cluster:
             self._control = ControlProcess(self._config, run_dir=run_dir, log_dir=self._log_dir)
             stack.callback(self._control.stop)
             self._control.start()
-            self._gateway = GatewayProcess(
-                self._config,
-                config_file=run_dir / "config.json",
-                table_file=self._table_file,
-                log_file=self._log_dir / "gateway.log",
-            )
+            self._gateway = GatewayProcesses(self._config, run_dir=run_dir, log_dir=self._log_dir)
             stack.callback(self._gateway.stop)
             self._gateway.start()
             self._keep(stack, "gateway keeper", self._gateway.revive)
@@ -151,8 +143,6 @@ class Cluster:
 
     def _make_run_dir(self, stack: ExitStack) -> Path:
         run_dir = (self._config.bundle.scratch / f"serving-{os.getpid()}").resolve()
-        if len(str(run_dir / CONTROL_SOCKET)) > LONGEST_SOCKET:
-            run_dir = Path(tempfile.mkdtemp(prefix="introvert-serving-"))
         run_dir.mkdir(parents=True, exist_ok=True)
         run_dir.chmod(0o700)  # the config in it may hold a URL's password
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)

@@ -15,17 +15,25 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import IntrovertError
 from configs.schema import RunConfig
 from expert_trainer.runtime import ray_session
+from server.control.reports import DemandMeter, Gather
 from server.process import STOP_TIMEOUT_S
+from server.table import CONTROL_SOCKET
+
+if TYPE_CHECKING:
+    from server.control.plane import ControlPlane
 
 logger = logging.getLogger("server.control")
 
+DEMAND_POLL_S = 5.0
 END_S = STOP_TIMEOUT_S + 20.0
 """Longest that the end may take: a Ray that dies meanwhile must not hold it up for ever."""
 
@@ -50,6 +58,7 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
     from server.control.api import create_app, listening
     from server.control.plane import ControlPlane
     from server.control.publisher import Publisher
+    from server.gateway_reports import gather_reports
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -60,10 +69,11 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
     try:
         if not await _unless(over, plane.begin()):
             return
+        gather = partial(gather_reports, run_dir)
         publisher = Publisher(plane, config, gather, plane.last_change)
         async with listening(create_app(publisher), run_dir / CONTROL_SOCKET):
             _tell({"ready": plane.table.version})
-            await _unless(over, plane.keep())
+            await _unless(over, _keep(plane, gather))
     finally:
         if publisher is not None:
             await publisher.end()
@@ -71,6 +81,22 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
         dog.daemon = True
         dog.start()
         await plane.end()
+
+
+async def _keep(plane: ControlPlane, gather: Gather) -> None:
+    """For ever: look after the workers, and tell the controller what they are asked for."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(plane.keep())
+        tasks.create_task(_measure(plane, gather))
+
+
+async def _measure(plane: ControlPlane, gather: Gather) -> None:
+    rebalance_s = plane.config.serving.rebalance_s
+    meter = DemandMeter(half_life_s=max(rebalance_s, DEMAND_POLL_S))
+    while rebalance_s:
+        await asyncio.sleep(DEMAND_POLL_S)
+        if rates := meter.feed(await gather(), time.monotonic()):
+            await plane.demand(rates)
 
 
 async def _unless(over: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from server.control.errors import BadChangeError, ChangeError
 from server.control.publisher import Publisher
+from server.sockets import listen_at
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -63,11 +64,10 @@ def create_app(publisher: Publisher) -> web.Application:
 @contextlib.asynccontextmanager
 async def listening(app: web.Application, socket: Path) -> AsyncIterator[None]:
     """Answer on a Unix socket, in the place of one that a dead process left."""
-    socket.unlink(missing_ok=True)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.UnixSite(runner, str(socket)).start()
+        await web.SockSite(runner, listen_at(socket)).start()
         yield
     finally:
         await runner.cleanup()
@@ -80,8 +80,9 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ChangeError as error:
         return _refusal(error.status, error.code, str(error))
     except web.HTTPException as error:
-        return _refusal(error.status, "not_found" if error.status == 404 else "bad_request",
-                        error.reason)
+        return _refusal(
+            error.status, "not_found" if error.status == 404 else "bad_request", error.reason
+        )
 
 
 def _refusal(status: int, code: str, message: str) -> web.Response:

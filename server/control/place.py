@@ -6,7 +6,7 @@ no other path from a request ever reaches a file system.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 from expert_trainer.remote import redacted
 from expert_trainer.storage import is_url
@@ -31,12 +31,12 @@ def place_beside(configured: str, asked: str) -> str:
         before, _, name = asked.rstrip("/").rpartition("/")
         if before in (parent, redacted(parent)) and _is_name(name) and not set(name) & set("?#%"):
             return f"{parent}/{name}"
-    elif not is_url(asked) and os.path.isabs(asked):
+    elif not is_url(asked):
         # without a look at the disk: not even whether a path exists is told
-        before, name = os.path.split(os.path.normpath(asked))
-        for own in (os.path.abspath(configured), os.path.realpath(configured)):
-            if before == os.path.dirname(own) and _is_name(name):
-                return os.path.join(before, name)
+        wanted = Path(asked)
+        for own in (Path(configured).absolute(), Path(configured).resolve()):
+            if wanted.parent == own.parent and _is_name(wanted.name):
+                return str(wanted)
     raise ForbiddenPlaceError(
         f"{redacted(asked)} does not lie beside the bundle that is configured; publish it into "
         f"{redacted(_parent(configured))}, or start another endpoint for it"
@@ -50,4 +50,4 @@ def _is_name(text: str) -> bool:
 def _parent(configured: str) -> str:
     if is_url(configured):
         return configured.rstrip("/").rpartition("/")[0]
-    return os.path.dirname(os.path.abspath(configured))
+    return str(Path(configured).absolute().parent)

@@ -1,75 +1,22 @@
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 
-from configs.manifest import Fingerprint
 from server import caretaker as module
 from server.controller import Controller
-from server.engine import Adapter
-from server.errors import NotBegunError, WorkerLostError
-from server.orders import Deployment, Orders, Post, Rules, ServedExpert
+from server.errors import NotBegunError
+from server.orders import Orders, Post
 from server.placement import Policy
-from server.table import RoutingTable, WorkerEntry, WorkerState
-from server.worker import WorkerStatus
-
-
-class FakeWorker:
-    """A worker without a process: ready as soon as it has been told what to serve."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.assigned: tuple[str, ...] | None = None
-        self.told = 0
-        self.lost = False
-        self.silent = False
-
-    async def status(self) -> WorkerStatus:
-        if self.silent:
-            await asyncio.sleep(3600)
-        if self.lost:
-            raise WorkerLostError("its process is gone")
-        state: WorkerState = "starting" if self.assigned is None else "ready"
-        entry = WorkerEntry(
-            id=self.name,
-            state=state,
-            url="http://127.0.0.1:20001",
-            node="127.0.0.1",
-            devices="cores:0",
-            engine="vllm 1",
-            pid=7,
-            experts=list(self.assigned or ()),
-            restarts=0,
-            detail="",
-        )
-        return WorkerStatus(entry, self.assigned, 512 if self.assigned is not None else None)
-
-    async def serve(self, adapters: Sequence[Adapter]) -> None:
-        self.told += 1
-        self.assigned = tuple(adapter.served_name for adapter in adapters)
-
-    def restart(self) -> None:
-        self.assigned = None
-
-
-def expert(number: int, mass: float) -> ServedExpert:
-    name, version = f"expert-{number:04d}", f"{number:012x}"
-    adapter = Adapter(
-        f"{name}@{version}", f"/bundle/{name}", 8, Fingerprint(token_ids=[1, 2], logprobs=[-1.0])
-    )
-    return ServedExpert(name, version, number, mass, adapter)
-
-
-DEPLOYMENT = Deployment(
-    bundle="0123456789ab",
-    base_name="base",
-    experts=tuple(expert(i, mass) for i, mass in enumerate([0.5, 0.3, 0.2])),
-)
-RULES = Rules(
-    slots=None, silence_s=0.3, move_after_s=3600, settle_s=0.0, rebalance_s=0.0, policy=Policy()
+from server.table import RoutingTable
+from tests.server.fake_workers import (
+    DEPLOYMENT,
+    RULES,
+    FakeWorker,
+    following,
 )
 
 
@@ -208,3 +155,81 @@ async def test_told_twice_it_goes_on_as_it_was(fixture: Fixture) -> None:
     before = await fixture.until(controller, all_ready)
     await controller.direct(Orders(DEPLOYMENT), fixture.posts(), RULES)
     assert await controller.table(before.version, 0.1) is None
+
+
+async def test_experts_of_a_lost_worker_get_a_shelter_and_go_home_again(fixture: Fixture) -> None:
+    fixture.rules = replace(RULES, move_after_s=0.05, settle_s=0.1)
+    controller = await fixture.controller()
+    before = await fixture.until(controller, all_ready)
+    lost = before.experts[1].workers
+    (other,) = set(fixture.workers) - set(lost)
+    fixture.workers[lost[0]].lost = True
+    sheltered = await fixture.until(
+        controller, lambda table: bool(table.ready_workers(before.experts[1].served_name))
+    )
+    assert [home.workers for home in sheltered.experts] == [[other], [*lost, other], [*lost, other]]
+    fixture.workers[lost[0]].lost = False
+    fixture.workers[lost[0]].restart()
+    after = await fixture.until(
+        controller, lambda table: table.experts == before.experts and all_ready(table)
+    )
+    for home in after.experts:
+        assert after.ready_workers(home.served_name)
+
+
+async def test_a_worker_that_is_gone_for_good_loses_its_experts_to_the_others(
+    fixture: Fixture,
+) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    del fixture.workers["worker-0"]
+    await controller.direct(Orders(DEPLOYMENT), fixture.posts(), RULES)
+    table = await fixture.until(
+        controller, lambda table: all(table.ready_workers(e.served_name) for e in table.experts)
+    )
+    assert [worker.id for worker in table.workers] == ["worker-1"]
+    assert [home.workers for home in table.experts] == [["worker-1"]] * 3
+
+
+async def test_a_worker_that_joins_is_told_and_listed(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    fixture.workers["worker-2"] = FakeWorker("worker-2")
+    await controller.direct(Orders(DEPLOYMENT), fixture.posts(), RULES)
+    table = await fixture.until(
+        controller, lambda table: len(table.workers) == 3 and all_ready(table)
+    )
+    assert {home.workers[0] for home in table.experts} == set(fixture.workers)
+
+
+async def test_a_busy_expert_gets_more_homes(fixture: Fixture) -> None:
+    fixture.rules = replace(RULES, rebalance_s=0.05, policy=Policy(max_replicas=2))
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    await controller.demand({"expert-0002": 2.0})
+    table = await fixture.until(controller, lambda table: len(table.experts[2].workers) == 2)
+    await fixture.until(
+        controller, lambda table: len(table.ready_workers(table.experts[2].served_name)) == 2
+    )
+    assert table.experts[2].id == "expert-0002"
+
+
+async def test_the_next_bundle_is_held_beside_the_served_one(fixture: Fixture) -> None:
+    controller = await fixture.controller()
+    await fixture.until(controller, all_ready)
+    new = following("b" * 12, changed=[0])
+    await controller.direct(Orders(DEPLOYMENT, new), fixture.posts(), RULES)
+    name = new.experts[0].name
+    table = await fixture.until(controller, lambda table: bool(table.ready_workers(name)))
+    assert (table.bundle, table.canary and table.canary.share) == (DEPLOYMENT.bundle, 0.0)
+    for home in table.experts:
+        assert table.ready_workers(home.served_name)
+    await controller.direct(Orders(new, retiring=DEPLOYMENT), fixture.posts(), RULES)
+    table = await fixture.until(controller, lambda table: table.bundle == new.bundle)
+    assert table.canary is None
+    assert table.place == new.place
+    assert table.ready_workers(DEPLOYMENT.experts[0].name), "its last requests go on"
+    await controller.direct(Orders(new), fixture.posts(), RULES)
+    await fixture.until(
+        controller, lambda table: not table.ready_workers(DEPLOYMENT.experts[0].name)
+    )
