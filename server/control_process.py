@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -49,6 +50,9 @@ class ControlProcess:
         self._run_dir = run_dir
         self._session = Child(SESSION, log_dir / "ray.log")
         self._control = Child(CONTROL, log_dir / "control.log")
+        self._address = ""
+        # Ray's default is a token in a file of the user's, which the next program may replace
+        self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._failures = 0
         self._started = 0.0
         self._pause_until = 0.0
@@ -66,11 +70,12 @@ class ControlProcess:
         """
         environment = dict(os.environ)
         if not os.environ.get("RAY_ADDRESS"):
+            environment |= RAY_ENVIRONMENT | self._token
             if not self._session.alive:
                 self._control.kill()  # it has lost its Ray, and could not even take leave of it
-                self._session.start()
+                self._session.start(environment=environment)
                 self._address = str(self._session.fact()["address"])
-            environment |= RAY_ENVIRONMENT | {"RAY_ADDRESS": self._address}
+            environment["RAY_ADDRESS"] = self._address
         config_file = self._run_dir / "control-config.json"
         config_file.write_text(self._config.model_dump_json(), encoding="utf-8")
         files = ["--config", str(config_file), "--run-dir", str(self._run_dir)]
