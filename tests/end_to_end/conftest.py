@@ -175,29 +175,43 @@ def left_behind() -> Iterator[Callable[[], list[str]]]:
 
 
 def build_world(root: Path) -> World:
+    world = World(root=root, base=root / "base", bundle=root / "bundle")
+    build_base(world.base)
+    build_router(root / "router")
+    build_bundle(world, world.bundle, seed=1)
+    return world
+
+
+def build_bundle(world: World, path: Path, seed: int) -> None:
+    """A bundle of other experts for every seed, with the world's router."""
     from expert_trainer.base import base_digest
     from expert_trainer.bundle import ExpertDraft, publish
 
-    world = World(root=root, base=root / "base", bundle=root / "bundle")
-    build_base(world.base)
-    digest = base_digest(world.config(root / "work").base)
+    digest = base_digest(world.config(world.root / "work").base)
     drafts = []
     for cluster in range(EXPERTS):
-        directory = root / "adapters" / expert_id(cluster)
-        fingerprint = build_expert(world.base, directory, seed=cluster + 1)
+        directory = world.root / "adapters" / str(seed) / expert_id(cluster)
+        fingerprint = build_expert(world.base, directory, seed=cluster + seed)
         mass = (EXPERTS - cluster) / sum(range(1, EXPERTS + 1))
         facts = {"rank": RANK, "alpha": 2 * RANK, "base_digest": digest}
         card = make_card(cluster, fingerprint=fingerprint, **facts)
         drafts.append(ExpertDraft(directory, card, mass))
     publish(
-        world.bundle,
+        path,
         base=BaseEntry(name=BASE_NAME, model=str(world.base), digest=digest),
-        router_dir=build_router(root / "router"),
+        router_dir=world.root / "router",
         clusters=EXPERTS,
         experts=drafts,
         config_digest="0" * 64,
     )
-    return world
+
+
+@pytest.fixture(scope="session")
+def next_bundle(world: World) -> Path:
+    """Beside the served one: the same router, other experts."""
+    path = world.root / "bundle-next"
+    build_bundle(world, path, seed=11)
+    return path
 
 
 def build_router(directory: Path) -> Path:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+from urllib.error import HTTPError
 
 import psutil
 import pytest
@@ -24,6 +29,9 @@ ACTOR_HEAL_S = 120.0
 """Ray has to start the actor before the engine can be."""
 NOTICED_S = 15.0
 READY_S = 240.0
+PROMPT = [40, 41, 42]
+ANSWER_TOKENS = 8
+Introvert = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def until(
@@ -201,6 +209,149 @@ def test_a_killed_worker_actor_takes_its_engine_along_and_heals(cluster: Cluster
     assert engine
     heal(cluster, "worker-1", kill, ACTOR_HEAL_S)
     assert not psutil.pid_exists(engine)
+
+
+def test_a_killed_control_process_is_followed_by_another_and_no_request_notices(
+    cluster: Cluster,
+) -> None:
+    before = cluster.table
+    control = cluster._control
+    assert control
+    pid = control.pid
+    assert pid
+    with Load(cluster) as load:
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        load.wait_for(30)
+        deadline = time.monotonic() + ACTOR_HEAL_S
+        while control.pid in (None, pid) or not _follows(cluster):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        print(f"\nanother control process after {time.monotonic() - began:.1f} s")
+        load.wait_for(30)
+    assert load.failures == []
+    assert [entry.pid for entry in cluster.table.workers] == [e.pid for e in before.workers]
+    assert cluster.table.version >= before.version
+
+
+def test_a_bundle_with_a_truncated_adapter_is_refused_by_name(
+    cluster: Cluster, next_bundle: Path, introvert: Introvert
+) -> None:
+    from expert_trainer.bundle import ADAPTER_WEIGHTS, open_bundle
+
+    damaged = next_bundle.with_name("bundle-damaged")
+    shutil.copytree(next_bundle, damaged)
+    bundle = open_bundle(damaged)
+    victim = bundle.manifest.served[1]
+    with (damaged / victim.directory / ADAPTER_WEIGHTS).open("r+b") as file:
+        file.truncate(1000)
+    before = cluster.table
+    outcome = introvert("publish", damaged, "--url", cluster.url)
+    assert outcome.returncode == 1, outcome.stderr
+    assert victim.served_name in outcome.stdout
+    assert cluster.table.bundle == before.bundle
+    assert cluster.table.canary is None
+    held = {name for entry in cluster.table.workers for name in entry.experts}
+    assert held == {home.served_name for home in before.experts}
+
+
+def test_a_bundle_is_changed_under_load_and_every_answer_is_what_it_claims(
+    cluster: Cluster, next_bundle: Path, introvert: Introvert
+) -> None:
+    before = cluster.table
+    known = references(before)
+    with Load(cluster) as load:
+        load.wait_for(30)
+        began = time.monotonic()
+        outcome = introvert("publish", next_bundle, "--url", cluster.url)
+        print(f"\npublished in {time.monotonic() - began:.1f} s\n{outcome.stderr}")
+        assert outcome.returncode == 0, outcome.stderr
+        load.wait_for(30)
+    after = cluster.table
+    known |= references(after)
+    assert after.bundle != before.bundle
+    assert load.failures == []
+    assert {name for name, _, _ in load.answers} == set(known), "of both bundles"
+    for name, version, text in load.answers:
+        assert name.partition("@")[2] == version
+        assert text == known[name]
+    held = {name for entry in after.workers for name in entry.experts}
+    assert held == {home.served_name for home in after.experts}
+
+
+def references(table: RoutingTable) -> dict[str, str]:
+    """What each expert of a table answers, asked where it lives."""
+    return {
+        home.served_name: str(
+            complete(
+                table.ready_workers(home.served_name)[0],
+                home.served_name,
+                PROMPT,
+                max_tokens=ANSWER_TOKENS,
+            )["choices"][0]["text"]
+        )
+        for home in table.experts
+    }
+
+
+def _follows(cluster: Cluster) -> bool:
+    try:
+        with urllib.request.urlopen(f"{cluster.url}/admin/status", timeout=5) as answer:
+            return bool(json.load(answer)["ready"])
+    except OSError:
+        return False
+
+
+class Load:
+    """Requests for every expert through the gateway, one after the other, from some threads."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.answers: list[tuple[str, str, str]] = []
+        """Served name in the body, version in the header, text."""
+        self.failures: list[str] = []
+        self._url = cluster.url
+        self._models = [home.id for home in cluster.table.experts]
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(3)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, more: int) -> None:
+        """Return when so many more answers have come."""
+        wanted = len(self.answers) + more
+        deadline = time.monotonic() + HEAL_S
+        while len(self.answers) < wanted and not self.failures:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def _ask(self, number: int) -> None:
+        while not self._over.is_set():
+            model = self._models[number % len(self._models)]
+            body = {"model": model, "prompt": PROMPT, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+            request = urllib.request.Request(
+                f"{self._url}/v1/completions",
+                json.dumps(body).encode(),
+                {"content-type": "application/json"},
+            )
+            number += 1
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+                    version = response.headers["x-introvert-expert-version"]
+            except OSError as error:
+                detail = error.read().decode() if isinstance(error, HTTPError) else ""
+                self.failures.append(f"{error} {detail}")
+            else:
+                text = answer["choices"][0]["text"]
+                self.answers.append((answer["model"], version, text))
 
 
 def test_a_killed_gateway_is_back_on_its_port(cluster: Cluster) -> None:
