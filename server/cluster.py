@@ -107,6 +107,12 @@ class Cluster:
         return self._gateway.url
 
     @property
+    def engine_key(self) -> str:
+        """What the workers' engines ask of their callers."""
+        key = self._table_file.with_name(ENGINE_KEY_FILE).read_text(encoding="utf-8")
+        return key.strip()
+
+    @property
     def table(self) -> RoutingTable:
         """The newest routing table."""
         return read_table(self._table_file)

@@ -106,18 +106,14 @@ class RoutingTable(_Entry):
         ]
 
     def refused_experts(self) -> set[str]:
-        """Served names of the experts that no worker will have: all their homes are ready, none
-        holds them. Waiting does not help, unlike where a home is still to come."""
-        held = {
-            worker.id: set(worker.experts) for worker in self.workers if worker.state == "ready"
-        }
+        """Served names of the experts that no worker will have: every home is ready and has refused
+        them. Waiting does not help, unlike where a home is still to come or still loads them."""
+        refused = {worker.id: worker.refused for worker in self.workers if worker.state == "ready"}
         return {
             expert.served_name
             for expert in self.experts
             if expert.workers
-            and all(
-                home in held and expert.served_name not in held[home] for home in expert.workers
-            )
+            and all(expert.served_name in refused.get(home, ()) for home in expert.workers)
         }
 
 

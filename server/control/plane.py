@@ -26,7 +26,7 @@ from server.controller import create_controller
 from server.errors import NotBegunError, ServerError
 from server.orders import Deployment, Orders, Rules
 from server.placement import Policy
-from server.table import TABLE_FILE, RoutingTable, read_table, write_table
+from server.table import ENGINE_KEY_FILE, TABLE_FILE, RoutingTable, read_table, write_table
 from server.worker import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ LONG_POLL_S = 1.0
 ANSWER_MARGIN_S = 10.0
 FIRST_TABLE_S = 120.0
 NODES_POLL_S = 2.0
-SETTLE_S = 10.0
+SETTLE_S = 5.0
 """Seconds that a new home holds an expert before the old one lets it go."""
 
 
@@ -67,6 +67,7 @@ class ControlPlane:
                 base=self.base,
                 serving=config.serving,
                 log_dir=(config.bundle.scratch / "logs").resolve(),
+                api_key=(run_dir / ENGINE_KEY_FILE).read_text(encoding="utf-8").strip(),
             ),
         )
 

@@ -12,10 +12,8 @@ import pytest
 from configs.manifest import (
     BaseEntry,
     BundleManifest,
-    ExpertCard,
     ExpertEntry,
     FileEntry,
-    Fingerprint,
     RouterEntry,
 )
 from configs.schema import BaseConfig, RunConfig
@@ -25,35 +23,9 @@ from expert_trainer.errors import BaseModelError
 from expert_trainer.storage import Storage
 from server.control.bundles import check_base, describe
 from server.errors import ServingConfigError
+from tests.cards import make_card
 
-CARD = ExpertCard(
-    id="expert-0000",
-    cluster=0,
-    base_digest="0" * 64,
-    documents=1,
-    tokens=10,
-    tokens_seen=10,
-    steps=1,
-    seed=0,
-    rank=8,
-    alpha=16,
-    rslora=False,
-    target_modules=["q_proj"],
-    learning_rate=1e-3,
-    top_terms=[],
-    loss_curve=[],
-    heldout_documents=0,
-    heldout_tokens=0,
-    heldout_loss_base=None,
-    heldout_loss_expert=None,
-    state="admitted",
-    reason="",
-    fingerprint=Fingerprint(token_ids=[1, 2], logprobs=[-0.5]),
-    seconds=1.0,
-    device="cpu",
-    created="2026-01-01T00:00:00+00:00",
-    code_version="0",
-)
+CARD = make_card()
 
 
 def config(tmp_path: Path, **sections: Any) -> RunConfig:

@@ -334,7 +334,12 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
 def refuse(table: RoutingTable, served_name: str) -> RoutingTable:
     """The table as it is when the homes of an expert have refused it."""
     workers = [
-        worker.model_copy(update={"experts": [e for e in worker.experts if e != served_name]})
+        worker.model_copy(
+            update={
+                "experts": [e for e in worker.experts if e != served_name],
+                "refused": {served_name: "refused for a test"},
+            }
+        )
         for worker in table.workers
     ]
     return table.model_copy(update={"workers": workers, "version": table.version + 1})
