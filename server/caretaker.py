@@ -15,6 +15,7 @@ from server.errors import WorkerLostError
 from server.homes import Homes, Hosts, shelters
 from server.orders import Deployment, Orders, Post, Rules
 from server.placement import ExpertDemand, Placement, WorkerCapacity, plan_placement, replan
+from server.placement.measured import expected
 from server.table import Canary, ExpertHome, RoutingTable, WorkerEntry
 
 POLL_S = 0.5
@@ -41,7 +42,6 @@ class Caretaker:
         self._last_length = last.max_model_len if last else None
         self._lengths: dict[str, int] = {}
         self._rates: dict[str, float] = {}
-        self._looked = time.monotonic()
         self._placements: dict[str, Placement] = {}
         if last is not None:
             homes = {expert.id: tuple(expert.workers) for expert in last.experts}
@@ -68,8 +68,9 @@ class Caretaker:
         await self._publish()
 
     def note_demand(self, rates: Mapping[str, float]) -> None:
-        """Engine seconds per second by expert id, for the next look at the placement."""
-        self._rates = dict(rates)
+        """Place experts anew by what they were asked for of late."""
+        self._rates = expected(self._rates, rates, len(self._posts))
+        self._place(anew=True)
 
     async def table(self, after_version: int, timeout_s: float) -> RoutingTable | None:
         """The table once it is newer than `after_version`; none if it is not in time."""
@@ -186,13 +187,9 @@ class Caretaker:
         return wanted
 
     async def _keep_looking(self) -> None:
-        """For ever: shelter experts, let them go, place them anew by what they are asked for."""
+        """For ever: shelter experts, let them go."""
         while True:
             await asyncio.sleep(POLL_S)
-            rebalance_s = self._rules.rebalance_s
-            if self._rates and rebalance_s and time.monotonic() - self._looked >= rebalance_s:
-                self._looked = time.monotonic()
-                self._place(anew=True)
             if self._look():
                 await self._publish()
 

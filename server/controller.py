@@ -68,7 +68,7 @@ class Controller:
             await self._caretaker.direct(orders, posts)
 
     async def demand(self, rates: Mapping[str, float]) -> None:
-        """Note what experts are asked for: engine seconds per second by expert id."""
+        """Place experts by what they were asked for of late: engine seconds per second by id."""
         self._asked = time.monotonic()
         if self._caretaker is not None:
             self._caretaker.note_demand(rates)

@@ -75,8 +75,6 @@ class Rules:
     """Seconds that a worker is not ready before its experts get a shelter."""
     settle_s: float
     """Seconds that a home holds an expert before the one that it left lets go."""
-    rebalance_s: float
-    """Seconds between two looks at the demand; 0: never."""
     policy: Policy
     """How demands become homes."""
 

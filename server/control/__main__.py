@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("server.control")
 
-DEMAND_POLL_S = 5.0
 END_S = STOP_TIMEOUT_S + 20.0
 """Longest that the end may take: a Ray that dies meanwhile must not hold it up for ever."""
 
@@ -91,12 +90,13 @@ async def _keep(plane: ControlPlane, gather: Gather) -> None:
 
 
 async def _measure(plane: ControlPlane, gather: Gather) -> None:
-    rebalance_s = plane.config.serving.rebalance_s
-    meter = DemandMeter(half_life_s=max(rebalance_s, DEMAND_POLL_S))
-    while rebalance_s:
-        await asyncio.sleep(DEMAND_POLL_S)
-        if rates := meter.feed(await gather(), time.monotonic()):
+    """Every `serving.rebalance_s`, unless nobody was asked for anything: it says nothing."""
+    meter = DemandMeter()
+    while rebalance_s := plane.config.serving.rebalance_s:
+        rates = meter.feed(await gather(), time.monotonic())
+        if any(rates.values()):
             await plane.demand(rates)
+        await asyncio.sleep(rebalance_s)
 
 
 async def _unless(over: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

@@ -248,6 +248,5 @@ def rules(config: RunConfig) -> Rules:
         silence_s=serving.hang_timeout_s,
         move_after_s=serving.move_after_s,
         settle_s=SETTLE_S,
-        rebalance_s=serving.rebalance_s,
         policy=Policy(max_replicas=serving.max_replicas, gain=serving.rebalance_gain),
     )

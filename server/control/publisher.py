@@ -99,6 +99,7 @@ class Publisher:
         self._change = None if last is None else _resumed(last, plane.orders.served.bundle)
         self._began = 0.0
         self._promoted = asyncio.Event()
+        self._taking_back = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -132,6 +133,7 @@ class Publisher:
         place = place_beside(self._config.bundle.path, path)
         self._began = time.monotonic()
         self._promoted = asyncio.Event()
+        self._taking_back = False
         change = self._change = Change(place=redacted(place), detail="reading its manifest")
         self._task = asyncio.create_task(self._publish(place, canary))
         return change
@@ -161,7 +163,8 @@ class Publisher:
                 "bundle before it again"
             )
         assert self._task, "a change is under way"
-        self._task.cancel()
+        if not self._taking_back:
+            self._task.cancel()
         return self._change
 
     async def end(self) -> None:
@@ -274,6 +277,7 @@ class Publisher:
 
     async def _take_back(self, before: Deployment, state: Any, reason: str) -> None:
         """Have nothing but the old bundle served and loaded."""
+        self._taking_back = True
         following = self._plane.orders.following
         if following is not None:
             await self._plane.order(Orders(before))

@@ -40,38 +40,26 @@ Gather = Callable[[], Awaitable[Sequence[Report]]]
 class DemandMeter:
     """Rates from counters that grow, and start at nothing when a process does."""
 
-    def __init__(self, half_life_s: float) -> None:
-        """Measure nothing yet.
-
-        Args:
-            half_life_s: after which a rate counts half.
-        """
-        self._half_life_s = half_life_s
+    def __init__(self) -> None:
+        """Measure nothing yet."""
         self._counted: dict[int, Mapping[str, float]] = {}
-        self._rates: dict[str, float] = {}
         self._at: float | None = None
 
     def feed(self, reports: Sequence[Report], now: float) -> dict[str, float]:
-        """Rates by expert id, engine seconds per second, with these reports."""
-        if self._at is None:
-            self._at = now
-            self._counted = {report.process: dict(report.demand) for report in reports}
-            return {}
-        elapsed = now - self._at
-        if elapsed <= 0:
-            return dict(self._rates)
-        grown: dict[str, float] = {}
+        """Engine seconds per second since the last time, by expert id; empty the first time.
+
+        Args:
+            reports: of the processes that answer.
+            now: seconds of a clock that only grows.
+        """
+        before, self._at = self._at, now
+        rates: dict[str, float] = {}
         for report in reports:
-            before = self._counted.get(report.process, {})
+            counted = self._counted.get(report.process, {})
             for expert, seconds in report.demand.items():
-                since = seconds - before.get(expert, 0.0)
-                grown[expert] = grown.get(expert, 0.0) + (since if since >= 0 else seconds)
+                grown = seconds - counted.get(expert, 0.0)
+                if before is not None and now > before:
+                    more = (grown if grown >= 0 else seconds) / (now - before)
+                    rates[expert] = rates.get(expert, 0.0) + more
             self._counted[report.process] = dict(report.demand)
-        kept = 0.5 ** (elapsed / self._half_life_s)
-        self._rates = {
-            expert: kept * self._rates.get(expert, 0.0)
-            + (1 - kept) * grown.get(expert, 0.0) / elapsed
-            for expert in self._rates.keys() | grown.keys()
-        }
-        self._at = now
-        return dict(self._rates)
+        return rates

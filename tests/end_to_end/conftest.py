@@ -57,6 +57,7 @@ class World:
         """A run that serves the bundle on two workers; a free port unless `gateway` says which."""
         serving = {
             "workers": 2,
+            "max_replicas": 1,  # who lives where is the test's to know
             "gpus_per_worker": 0,
             "max_model_len": MAX_MODEL_LEN,
             "cpu_kv_cache_gib": 1,

@@ -203,7 +203,7 @@ async def test_a_worker_that_joins_is_told_and_listed(fixture: Fixture) -> None:
 
 
 async def test_a_busy_expert_gets_more_homes(fixture: Fixture) -> None:
-    fixture.rules = replace(RULES, rebalance_s=0.05, policy=Policy(max_replicas=2))
+    fixture.rules = replace(RULES, policy=Policy(max_replicas=2))
     controller = await fixture.controller()
     await fixture.until(controller, all_ready)
     await controller.demand({"expert-0002": 2.0})

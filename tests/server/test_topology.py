@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs import load_config
 from configs.schema import ServingConfig
 from server.errors import TopologyError
-from server.topology import Node, plan_workers
+from server.topology import Node, plan_workers, replan_workers
 
 nodes = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 8)), min_size=1, max_size=5).map(
     lambda sizes: [
@@ -106,3 +106,48 @@ def test_the_refusal_says_what_is_there_and_what_to_do() -> None:
     assert "127.0.0.1: 2 cores, 0 GPUs" in text
     assert "lower serving.workers" in text
     assert refusal.value.exit_code == 2
+
+
+@given(nodes, servings, st.data())
+def test_after_nodes_came_and_went_nobody_on_a_living_one_moved(
+    cluster: list[Node], serving: ServingConfig, data: st.DataObject
+) -> None:
+    try:
+        before = plan_workers(cluster, serving)
+    except TopologyError:
+        return
+    alive = [node for node in cluster if data.draw(st.booleans())]
+    came = [Node("new", "10.0.1.0", 8, cluster[0].gpus)] if data.draw(st.booleans()) else []
+    after = replan_workers(before, [*alive, *came], serving)
+    kept = [spec for spec in before if spec.node_id in {node.id for node in alive}]
+    assert [spec for spec in after if spec in kept] == kept
+    assert len({spec.id for spec in after}) == len(after)
+    if serving.workers != "auto":
+        assert len(after) <= max(serving.workers, len(kept))
+    for node in [*alive, *came]:
+        here = [spec for spec in after if spec.node_id == node.id]
+        assert sum(spec.cpus for spec in here) <= node.cpus
+        assert sum(spec.gpus for spec in here) <= node.gpus
+        cores = [core for spec in here for core in spec.cores]
+        assert len(set(cores)) == len(cores)
+    if alive == cluster and not came:
+        assert after == before
+
+
+def test_a_lost_node_s_workers_are_hired_again_where_there_is_room() -> None:
+    one, two, three = (Node(f"n{i}", f"10.0.0.{i}", 2, 0) for i in range(3))
+    serving = ServingConfig(workers=4)
+    before = plan_workers([one, two], serving)
+    alone = replan_workers(before, [two], serving)
+    assert [(spec.id, spec.node_id) for spec in alone] == [("worker-2", "n1"), ("worker-3", "n1")]
+    again = replan_workers(alone, [two, three], serving)
+    assert [spec.node_id for spec in again] == ["n2", "n2", "n1", "n1"]
+    assert [spec.id for spec in again] == [f"worker-{i}" for i in range(4)]
+    assert [spec.cores for spec in again[:2]] == [(0,), (1,)]
+
+
+def test_auto_takes_what_a_new_node_has() -> None:
+    one, two = (Node(f"n{i}", f"10.0.0.{i}", 4, 2) for i in range(2))
+    before = plan_workers([one], ServingConfig())
+    assert len(before) == 2
+    assert len(replan_workers(before, [one, two], ServingConfig())) == 4
