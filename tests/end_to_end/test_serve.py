@@ -88,7 +88,12 @@ def served(
     work = tmp_path_factory.mktemp("work")
     with ftp(world.bundle.parent) as url:
         bundle = {"path": f"{url}/{world.bundle.name}", "work_dir": str(work)}
-        config = world.config(work, bundle=bundle, gateway={"max_body_bytes": BODY_LIMIT})
+        config = world.config(
+            work,
+            bundle=bundle,
+            gateway={"max_body_bytes": BODY_LIMIT},
+            serving={"move_after_s": 600},  # the experts of a lost engine wait for it here
+        )
         command = serve(config, work)
         try:
             command.wait_ready(READY_S)
