@@ -21,8 +21,9 @@ from server.errors import NotBegunError
 from server.orders import Orders, Post, Rules
 from server.table import RoutingTable
 
-LEASE_S = 60.0
-"""Seconds without a question from a control process after which nobody owns the workers."""
+LEASE_S = 300.0
+"""Seconds without a question from a control process after which nobody owns the workers; long
+enough for one that cannot start, as its bundle cannot be reached for a while."""
 LEASE_POLL_S = 5.0
 
 

@@ -2,7 +2,7 @@
 
 Prints one line of JSON on standard output: that the first table is written, or why none can be.
 Ends when its standard input closes, since then the process that started it is gone or asks for
-it; controller and workers end with it then. Killed, it leaves them to the next one.
+it; controller and workers end with it then. Killed or failed, it leaves them to the next one.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
     threading.Thread(target=_await_end_of_input, args=(loop, over.set), daemon=True).start()
     plane = ControlPlane(config, run_dir)
     publisher: Publisher | None = None
+    alone = plane.is_first  # nobody goes on from where it fails
     try:
         if not await _unless(over, plane.begin()):
             return
+        alone = False
         gather = partial(gather_reports, run_dir)
         publisher = Publisher(plane, config, gather, plane.last_change)
         async with listening(create_app(publisher), run_dir / CONTROL_SOCKET):
@@ -76,10 +78,11 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
     finally:
         if publisher is not None:
             await publisher.end()
-        dog = threading.Timer(END_S, os._exit, [1])
-        dog.daemon = True
-        dog.start()
-        await plane.end()
+        if over.is_set() or alone:
+            dog = threading.Timer(END_S, os._exit, [1])
+            dog.daemon = True
+            dog.start()
+            await plane.end()
 
 
 async def _keep(plane: ControlPlane, gather: Gather) -> None:

@@ -54,7 +54,10 @@ class ControlPlane:
         self._run_dir = run_dir
         self._table_file = run_dir / TABLE_FILE
         self._rules = rules(config)
-        self._state = read_state(run_dir) or ControlState(run=f"{secrets.token_hex(6)}:")
+        before = read_state(run_dir)
+        self.is_first = before is None
+        """Whether there was no control process before this one."""
+        self._state = before or ControlState(run=f"{secrets.token_hex(6)}:")
         self._table: RoutingTable | None = None
         self._news = asyncio.Condition()
         self._directing = asyncio.Lock()

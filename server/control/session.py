@@ -14,11 +14,13 @@ import os
 import select
 import signal
 import sys
+import time
 
 import psutil
 
 from configs.errors import IntrovertError
 from expert_trainer.runtime import ray_session
+from server.process import STOP_TIMEOUT_S
 
 logger = logging.getLogger("server.control.session")
 
@@ -38,6 +40,7 @@ def main() -> int:
 
             _tell({"address": ray.get_runtime_context().gcs_address})
             _hold([p for p in psutil.Process().children(recursive=True) if p.name() in HEAD])
+            _see_out()
     except IntrovertError as error:
         _tell({"error": str(error), "exit_code": error.exit_code})
         return error.exit_code
@@ -57,6 +60,16 @@ def _hold(head: list[psutil.Process]) -> None:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 logger.error("Ray's head has died; the cluster ends")
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _see_out() -> None:
+    """Let a control process end its actors before their Ray is gone, where the driver was killed
+    and told both at once."""
+    import ray
+
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while ray.util.list_named_actors(all_namespaces=True) and time.monotonic() < deadline:
+        time.sleep(WATCH_S)
 
 
 def _tell(fact: dict[str, object]) -> None:
