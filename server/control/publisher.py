@@ -200,8 +200,14 @@ class Publisher:
             reason = f"an unforeseen {type(error).__name__}: {error}; the log has the traceback"
             await self._take_back(before, "aborted", reason)
             return
-        self._plane.remember(place, bundle)
-        await self._switch(following, before)
+        try:
+            self._plane.remember(place, bundle)
+            await self._switch(following, before)
+        except Exception as error:
+            # it is served by now: whatever failed, the next change must not wait for this one
+            logger.exception("a change did not end in order")
+            await self._plane.order(Orders(following))
+            self._note(state="done", detail=f"an unforeseen {type(error).__name__}: {error}")
 
     async def _stage(self, following: Deployment) -> None:
         """Have the workers load and verify it.

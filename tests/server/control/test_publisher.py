@@ -14,7 +14,7 @@ from server.control.errors import (
 )
 from server.control.publisher import Publisher
 from server.table import RoutingTable
-from tests.server.control.conftest import CONFIG, FakePlane, reached
+from tests.server.control.conftest import CONFIG, FakePlane, FakeReport, reached
 from tests.server.fake_workers import DEPLOYMENT, following
 
 NEW = following("b" * 12)
@@ -163,3 +163,19 @@ async def test_a_new_control_process_says_what_became_of_a_change(
     change = Publisher(plane, CONFIG, plane.gather, last).document["change"]
     assert (change["state"], change["share"]) == (state, 0.0)
     assert "the control process died during it" in change["detail"]
+
+
+async def test_gateways_that_cannot_be_asked_at_the_end_hold_up_no_later_change(
+    plane: FakePlane, publisher: Publisher
+) -> None:
+    publisher.begin(plane.add(NEW), 0.5)
+    await reached(publisher, "canary")
+
+    async def broken() -> list[FakeReport]:
+        raise ValueError("no report")
+
+    publisher._gather = broken
+    publisher.promote()
+    change = await reached(publisher)
+    assert (change["state"], change["detail"]) == ("done", "an unforeseen ValueError: no report")
+    assert plane.table.bundle == NEW.bundle
