@@ -107,6 +107,11 @@ class Cluster:
         return self._gateway.url
 
     @property
+    def run_dir(self) -> Path:
+        """Where the table lies, and the sockets of all processes."""
+        return self._table_file.parent
+
+    @property
     def engine_key(self) -> str:
         """What the workers' engines ask of their callers."""
         key = self._table_file.with_name(ENGINE_KEY_FILE).read_text(encoding="utf-8")

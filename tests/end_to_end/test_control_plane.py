@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ import pytest
 
 from server.cluster import Cluster
 from server.engine import fingerprint_distance
-from server.table import RoutingTable, WorkerEntry
+from server.gateway_reports import SocketError, ask
+from server.table import CONTROL_SOCKET, RoutingTable, WorkerEntry
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -329,10 +331,11 @@ def named(table: RoutingTable) -> set[str]:
 
 
 def _follows(cluster: Cluster) -> bool:
+    """Whether a control process answers."""
+    path = cluster.run_dir / CONTROL_SOCKET
     try:
-        with urllib.request.urlopen(f"{cluster.url}/admin/status", timeout=5) as answer:
-            return bool(json.load(answer)["ready"])
-    except OSError:
+        return asyncio.run(ask(path, "GET", "/bundle"))[0] == 200
+    except SocketError:
         return False
 
 
