@@ -16,7 +16,8 @@ from pathlib import Path
 
 from deploy.output import note
 
-END_S = 20.0
+END_S = 90.0
+"""A whole service ends within this, its engines too."""
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """A proxy that the environment names is not for this machine's own processes."""
 
@@ -59,6 +60,14 @@ class Program:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit("ended by SIGTERM")
+
+
+signal.signal(signal.SIGTERM, _end)
+"""So that what runs here ends with a benchmark that is told to end."""
 
 
 @contextmanager
