@@ -44,6 +44,16 @@ def test_while_a_home_is_not_ready_nothing_is_refused() -> None:
     assert not coverage(table).complete
 
 
+def test_what_a_ready_worker_is_still_loading_is_not_refused() -> None:
+    """As when the only home of an expert is lost, and another worker gets it."""
+    loading = make_worker(1, "http://host:1", [SPORT])
+    experts = [e.model_copy(update={"workers": [loading.id]}) for e in BOTH.experts]
+    table = make_table(4, loading, experts=experts)
+    assert coverage(table).missing == (LAW,)
+    assert coverage(table).refused == set()
+    assert not coverage(table).complete
+
+
 def test_completeness_is_remembered() -> None:
     readiness = Readiness()
     assert (readiness.coverage, readiness.was_complete) == (NOTHING, False)
