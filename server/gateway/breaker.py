@@ -66,12 +66,15 @@ class Breaker:
         self.open_until = now + self._pause_s
         return True
 
-    def answered(self) -> None:
-        """An answer has begun: the worker may be asked, but one more failure is one too many."""
-        if self.opened:
-            self.opened = False
-            self.trial = False
-            self._failures = self._limit - 1
+    def answered(self) -> bool:
+        """An answer has begun: the worker may be asked, but one more failure is one too many.
+        Whether it was left alone until now."""
+        if not self.opened:
+            return False
+        self.opened = False
+        self.trial = False
+        self._failures = self._limit - 1
+        return True
 
     def succeeded(self) -> None:
         """A whole answer has come: all is forgotten."""
@@ -121,10 +124,10 @@ class Breakers:
             breaker = self.troubled[worker] = Breaker(self._failures, self._pause_s)
         return breaker.failed(self._clock())
 
-    def answered(self, worker: str) -> None:
-        """A worker's answer has begun."""
-        if breaker := self.troubled.get(worker):
-            breaker.answered()
+    def answered(self, worker: str) -> bool:
+        """A worker's answer has begun; whether it was left alone until now."""
+        breaker = self.troubled.get(worker)
+        return breaker is not None and breaker.answered()
 
     def succeeded(self, worker: str) -> None:
         """A worker's answer has come to its end."""

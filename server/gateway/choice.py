@@ -50,6 +50,11 @@ def conversation_key(prompt: bytes | memoryview) -> int:
     return crc32(beginning)
 
 
+def _lost(before: WorkerEntry, after: WorkerEntry) -> bool:
+    """Whether a worker holds less than it did."""
+    return not set(before.experts).issubset(after.experts)
+
+
 class Chooser:
     """The current table as the gateway uses it."""
 
@@ -98,8 +103,13 @@ class Chooser:
             if not same:
                 self.breakers.forget(worker)
                 self._residencies.pop(worker, None)
-            if (not same or (after and after.state != "ready")) and worker in self._lanes:
-                self._lanes[worker].dissolve()  # whoever waits for it has to look elsewhere
+            lane = self._lanes.get(worker)
+            if lane is None or not lane.waiting:
+                continue
+            # Whoever waits for a worker that is lost, or for an expert that it holds no more, has
+            # to look elsewhere.
+            if not same or after is None or after.state != "ready" or _lost(before, after):
+                lane.dissolve()
         self._engines = now
         for gone in self._lanes.keys() - now.keys():
             if not self._lanes[gone].active:
@@ -159,7 +169,7 @@ class Chooser:
         current = views.served.by_expert.get(expert)
         if at and current is not None:
             raise ModelNotFoundError(
-                f"'{model}' is not served: the current version is '{current.served_name}'. "
+                f"'{model[:200]}' is not served: the current version is '{current.served_name}'. "
                 f"Use that, or '{expert}' for whichever version is current.",
                 param="model",
             )
@@ -218,15 +228,12 @@ class Chooser:
 
     def hopeless(self, target: Target) -> bool:
         """Whether waiting for a home is in vain: all that were to hold it refused it or failed."""
-        assert self.table is not None
+        assert self._views is not None
         if target.refused_by:
             return True
-        if target.expert is None:
-            states = {worker.state for worker in self.table.workers}
-        else:
-            placed = self._placed(target)
-            states = {w.state for w in self.table.workers if w.id in placed}
-        return states == {"failed"}
+        homes = self._engines if target.expert is None else self._views.placed_on(target)
+        engines = [self._engines[home] for home in homes if home in self._engines]
+        return {engine.state for engine in engines} == {"failed"}
 
     async def change(self, timeout_s: float) -> None:
         """Wait until a table or a worker's recovery may have changed what can be chosen."""
@@ -239,8 +246,8 @@ class Chooser:
 
     def recovered(self, worker: str) -> None:
         """A worker that was left alone has answered: whoever waits for a home may look again."""
-        self.breakers.answered(worker)
-        self._wake()
+        if self.breakers.answered(worker):
+            self._wake()
 
     def no_engine(self, target: Target | None = None) -> NoEngineError:
         """Why there is no home."""
@@ -298,13 +305,6 @@ class Chooser:
         elif residency is None or residency.slots != slots:
             residency = self._residencies[worker.id] = Residency(slots)
         return Home(worker.id, worker.url.rstrip("/"), lane, residency, salt_of(worker.id))
-
-    def _placed(self, target: Target) -> set[str]:
-        assert self.table is not None
-        experts = list(self.table.experts)
-        if self.table.canary is not None:
-            experts += self.table.canary.experts
-        return {w for e in experts if e.served_name == target.served_name for w in e.workers}
 
     def _views_or_raise(self) -> Views:
         if self._views is None:

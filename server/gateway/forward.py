@@ -169,6 +169,7 @@ class Exchange:
         finally:
             observation.route_s = time.perf_counter() - began
         observation.route = route
+        passage.threshold = self._parts.routing.threshold_of(view.bundle)
         observation.routed_by = route.by
         target = view.routed(route.expert)
         if passage.tenant.experts is None or passage.tenant.may_ask(target.label):

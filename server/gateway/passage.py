@@ -25,6 +25,8 @@ class Passage:
     key: int = 0
     """Of its conversation; see `server.gateway.choice.conversation_key`."""
     view: View | None = None
+    threshold: float | None = None
+    """Score below which its bundle's router abstains; none: it was not routed."""
     target: Target | None = None
     home: Home | None = None
     patient_until: float | None = None

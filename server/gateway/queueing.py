@@ -138,7 +138,7 @@ def _spill(parts: Parts, passage: Passage, wait: float) -> tuple[Target, Spill] 
     if target.expert is None or passage.observation.spill:
         return None
     others: list[tuple[Target, Spill]] = []
-    for expert in _runners_up(route, parts.routing.threshold):
+    for expert in _runners_up(route, passage.threshold):
         runner_up = view.by_expert.get(expert)
         if runner_up is not None and runner_up is not target:
             others.append((runner_up, "runner-up"))
@@ -154,7 +154,9 @@ def _spill(parts: Parts, passage: Passage, wait: float) -> tuple[Target, Spill] 
 
 def _runners_up(route: Route, threshold: float | None) -> list[str]:
     """Experts that the router would have chosen next, none that it would have abstained from."""
-    return [c.expert for c in route.top[1:] if threshold is None or c.score >= threshold]
+    if threshold is None:
+        return []
+    return [c.expert for c in route.top[1:] if c.score >= threshold]
 
 
 def _queue_full(wait_s: float) -> QueueFullError:

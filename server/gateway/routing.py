@@ -242,7 +242,11 @@ class Routing:
     @property
     def threshold(self) -> float | None:
         """Score below which the served bundle's router abstains; none before it is loaded."""
-        entry = self._bundles.get(self._served or "")
+        return self.threshold_of(self._served)
+
+    def threshold_of(self, bundle: str | None) -> float | None:
+        """Score below which a bundle's router abstains; none where it is not loaded."""
+        entry = self._bundles.get(bundle or "")
         return entry.router.threshold if entry and entry.router else None
 
     async def route(

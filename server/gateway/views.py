@@ -86,6 +86,12 @@ class Views:
     canary_share: float
     homes: Mapping[str, tuple[Home, ...]]
     """Ready homes by served name, of the base as well."""
+    placed: Mapping[str, Sequence[str]]
+    """Ids of the workers that are to hold an expert, by its served name."""
+
+    def placed_on(self, target: Target) -> Sequence[str]:
+        """Ids of the workers that are to hold a target's expert; none if it is of no bundle now."""
+        return self.placed.get(target.served_name, ())
 
 
 def views_of(table: RoutingTable, make_home: Callable[[WorkerEntry], Home]) -> Views:
@@ -102,12 +108,14 @@ def views_of(table: RoutingTable, make_home: Callable[[WorkerEntry], Home]) -> V
     homes = {name: tuple(found) for name, found in holding.items()}
     homes[table.base_name] = tuple(ready)
     served = _view(table, table.bundle, table.experts, homes)
+    placed = {e.served_name: e.workers for e in table.experts}
     canary = table.canary
     if canary is None:
-        return Views(served, None, 0.0, homes)
+        return Views(served, None, 0.0, homes, placed)
+    placed |= {e.served_name: e.workers for e in canary.experts if e.served_name not in placed}
     theirs = table.model_copy(update={"experts": canary.experts})
     beside = _view(theirs, canary.bundle, canary.experts, homes)
-    return Views(served, beside, canary.share, homes)
+    return Views(served, beside, canary.share, homes, placed)
 
 
 def salt_of(worker: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from typing import Any
@@ -276,6 +277,35 @@ def test_waiting_is_in_vain_where_every_home_has_failed(states: Any, hopeless: b
     chooser.update(make_table(1, *workers))
     assert chooser.hopeless(target_of(chooser, SPORT)) is hopeless
     assert chooser.hopeless(target_of(chooser, BASE)) is hopeless
+
+
+def test_whoever_waits_for_an_expert_that_its_worker_holds_no_more_chooses_anew() -> None:
+    chooser = make_chooser(worker_concurrency=1)
+    chooser.update(table_with([SPORT, LAW]))
+    (home,) = target_of(chooser, SPORT).homes
+    woken: list[object] = []
+    assert home.lane.enter(SPORT) is not None
+    assert home.lane.queue(SPORT, "", 1.0, woken.append) is not None
+    chooser.update(table_with([SPORT, LAW, NEW_SPORT]))
+    assert woken == []  # more is no reason to leave
+    chooser.update(table_with([LAW, NEW_SPORT]))
+    assert woken == [None]
+
+
+async def test_only_the_return_of_a_worker_wakes_those_without_a_home() -> None:
+    chooser = chooser_with([SPORT], [LAW], breaker_failures=1)
+    assert chooser.breakers.failed("worker-0")
+    waiting = asyncio.create_task(chooser.change(60))
+    try:
+        await asyncio.sleep(0)
+        chooser.recovered("worker-1")
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        chooser.recovered("worker-0")
+        async with asyncio.timeout(10):
+            await waiting
+    finally:
+        waiting.cancel()
 
 
 def test_slots_group_only_where_there_are_more_experts() -> None:
