@@ -187,12 +187,22 @@ def well(service: Served, part: Part, killed: int, count: int, workers: int) -> 
     return served_all and as_before and len(there) >= count
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def kill(service: Served, part: Part, workers: int) -> tuple[float, float | None]:
     """When the part was killed, and the seconds to full service; none: not within the limit."""
     there = await asyncio.to_thread(part.find, service)
     victim = there[0]
     note(f"killing {part.key}: {victim.pid} of {[p.pid for p in there]}")
     victim.send_signal(signal.SIGKILL)
+    # a large process takes a moment to end, in which its connections still take what is sent
+    while alive(victim):  # noqa: ASYNC110 - processes have no event for it
+        await asyncio.sleep(0.002)
     killed = time.monotonic()
     steady = None
     while time.monotonic() - killed < LONGEST_S:
