@@ -8,11 +8,12 @@ adapter named in it, as one whose weights were swapped on disk would. As in vLLM
 loaded cannot be loaded again, one that is not cannot be unloaded, a key in the environment guards
 `/v1` alone, and unloading forgets no more than the name.
 
-Behaviours: `die-at-start=1`, `hang-after=SECONDS` (health answers no more), `mute=MODEL` (it
-generates no token), `die-after=SECONDS`, `slow-start=SECONDS`, `garble=MODEL` (its
+Behaviours: `die-at-start=1`, `hang=FILE` (health answers no more once there is FILE),
+`mute=MODEL` (it generates no token), `die-after=SECONDS`, `slow-start=SECONDS`, `garble=MODEL` (its
 log-probabilities come in a shape of their own), `deadly=NAME` (loading it ends the process),
-`slow-load=SECONDS`, `stuck=NAME` (it cannot be unloaded), `stall-after=SECONDS` (it generates no
-more, though it is well by its own word), `busy=1` (it computes tokens all the same, for others).
+`slow-load=SECONDS`, `stuck=NAME` (it cannot be unloaded), `stall=FILE` (it generates no more once
+there is FILE, though it is well by its own word), `busy=1` (it computes tokens all the same, for
+others).
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ def logprob(model: str, position: int) -> float:
 class FakeEngine:
     def __init__(self, behaviour: dict[str, str]) -> None:
         self.behaviour = behaviour
-        self.born = time.monotonic()
         self.adapters: dict[str, str] = {}
         self.tokens = 0.0
         self.calls: list[str] = []
@@ -61,10 +61,12 @@ class FakeEngine:
         return app
 
     async def health(self, _: web.Request) -> web.Response:
-        hang_after = float(self.behaviour.get("hang-after", "inf"))
-        if time.monotonic() - self.born > hang_after:
+        if self._is_told_to("hang"):
             await asyncio.sleep(3600)
         return web.Response()
+
+    def _is_told_to(self, misbehave: str) -> bool:
+        return misbehave in self.behaviour and _exists(Path(self.behaviour[misbehave]))
 
     async def version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": "fake"})
@@ -114,7 +116,7 @@ class FakeEngine:
 
     async def completions(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if time.monotonic() - self.born > float(self.behaviour.get("stall-after", "inf")):
+        if self._is_told_to("stall"):
             await asyncio.sleep(3600)
         self.tokens += 1
         model, prompt = body["model"], body["prompt"]
@@ -144,8 +146,8 @@ async def _ask_for_key(request: web.Request, handler: Handler) -> web.StreamResp
     return await handler(request)
 
 
-def _exists(directory: Path) -> bool:
-    return directory.is_dir()
+def _exists(path: Path) -> bool:
+    return path.exists()
 
 
 def _answers_as(directory: Path) -> str | None:
@@ -169,7 +171,12 @@ def main() -> None:
     if os.fork() == 0:  # a child such as the engine core, deaf to its parent's end
         time.sleep(3600)
     web.run_app(
-        FakeEngine(behaviour).app(), host="127.0.0.1", port=int(port), loop=loop, print=None
+        FakeEngine(behaviour).app(),
+        host="127.0.0.1",
+        port=int(port),
+        loop=loop,
+        print=None,
+        shutdown_timeout=0.1,
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 from pathlib import Path
@@ -22,10 +23,14 @@ def test_a_host_of_another_machine_is_no_matter_of_ports() -> None:
 
 
 def test_the_next_free_port_is_found() -> None:
-    first = free_port("127.0.0.1")
-    assert first in PORTS
-    with socket.create_server(("127.0.0.1", first)):
-        assert free_port("127.0.0.1") not in (first, None)
+    for _ in range(20):
+        first = free_port("127.0.0.1")
+        assert first in PORTS
+        # somebody else on this machine may be quicker
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", first)):
+            assert free_port("127.0.0.1") not in (first, None)
+            return
+    pytest.fail("twenty ports in a row were taken by somebody else")
 
 
 def says(text: str) -> EngineCommand:
