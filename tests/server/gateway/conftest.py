@@ -56,6 +56,8 @@ class FakeEngine:
     error: tuple[int, dict[str, Any]] = (400, {})
     tokens: int = 3
     token_delay_s: float = 0.0
+    first_token_only: asyncio.Event | None = None
+    """The other tokens of a stream come once this is set; none: at once."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a client went away before its answer was complete."""
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,6 +124,8 @@ class FakeEngine:
                 request.transport.abort()
                 return response
             await response.write(event)
+            if number == 0 and self.first_token_only is not None:
+                await self.first_token_only.wait()
             await asyncio.sleep(self.token_delay_s)
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -292,7 +296,7 @@ class Gateway:
 
     async def counts(self, sample: str) -> None:
         """Wait until a counter has counted."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await self.metric(sample) == 0:  # noqa: ASYNC110 - it is counted elsewhere
                 await asyncio.sleep(0.01)
 
@@ -304,7 +308,7 @@ class Gateway:
         )
 
     async def until(self, path: str, holds: Callable[[Any], bool]) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 _, answer, _ = await self.get(path)
                 if holds(answer):
@@ -317,15 +321,19 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
     """Serve an application on a free port; the URL."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     config = uvicorn.Config(
         app, http="httptools", access_log=False, log_config=None, timeout_graceful_shutdown=0
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        while not server.started:  # uvicorn has no event for it
+            if task.done():
+                task.result()
+                raise AssertionError("the server ended before it had started")
+            await asyncio.sleep(0.005)
+        yield url
     finally:
         server.should_exit = True
         await task
@@ -360,6 +368,14 @@ async def start_engine() -> AsyncIterator[StartEngine]:
             return engine
 
         yield start
+
+
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    """URL at which nobody listens, nor anybody can while the test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -30,28 +30,40 @@ class Doubling:
     def __call__(self, numbers: Sequence[int]) -> list[int]:
         self.batches.append(list(numbers))
         self.begun.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if any(number < 0 for number in numbers):
             raise ValueError("negative")
         return [2 * number for number in numbers]
 
 
-async def test_what_waits_is_computed_together(executor: ThreadPoolExecutor) -> None:
-    doubling = Doubling()
+@pytest.fixture
+def doubling(executor: ThreadPoolExecutor) -> Iterator[Doubling]:
+    """Whatever becomes of the test, the executor's thread does not stay at the gate."""
+    made = Doubling()
+    try:
+        yield made
+    finally:
+        made.gate.set()
+
+
+async def test_what_waits_is_computed_together(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
     batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     first = asyncio.create_task(batcher([1]))
-    await asyncio.to_thread(doubling.begun.wait, 10)
+    assert await asyncio.to_thread(doubling.begun.wait, 60)
     rest = [asyncio.create_task(batcher([n, n + 100])) for n in range(10)]
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # now they wait
     doubling.gate.set()
     assert await first == [2]
     assert await asyncio.gather(*rest) == [[2 * n, 2 * n + 200] for n in range(10)]
     assert [len(batch) for batch in doubling.batches] == [1, 20]
 
 
-async def test_the_limit_holds_but_a_call_is_never_split(executor: ThreadPoolExecutor) -> None:
-    doubling = Doubling()
+async def test_the_limit_holds_but_a_call_is_never_split(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
     batcher = Batcher(doubling, executor, limit=3, most_waiting=64)
     calls = [[1], [2, 3], [4, 5], [6, 7, 8, 9], [10]]
     assert await asyncio.gather(*(batcher(call) for call in calls)) == [
@@ -69,12 +81,13 @@ async def test_an_error_reaches_its_callers_and_nobody_after(
     assert await batcher([4]) == [8]
 
 
-async def test_a_cancelled_call_costs_the_others_nothing(executor: ThreadPoolExecutor) -> None:
-    doubling = Doubling()
+async def test_a_cancelled_call_costs_the_others_nothing(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
     batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     running = asyncio.create_task(batcher([1]))
-    await asyncio.to_thread(doubling.begun.wait, 10)
+    assert await asyncio.to_thread(doubling.begun.wait, 60)
     waiting, other = asyncio.create_task(batcher([2])), asyncio.create_task(batcher([3]))
     await asyncio.sleep(0)
     running.cancel()
@@ -85,8 +98,9 @@ async def test_a_cancelled_call_costs_the_others_nothing(executor: ThreadPoolExe
     assert doubling.batches == [[1], [3]]
 
 
-async def test_the_loop_turns_while_a_batch_is_computed(executor: ThreadPoolExecutor) -> None:
-    doubling = Doubling()
+async def test_the_loop_turns_while_a_batch_is_computed(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
     batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
     doubling.gate.clear()
     call = asyncio.create_task(batcher([1]))
@@ -97,12 +111,13 @@ async def test_the_loop_turns_while_a_batch_is_computed(executor: ThreadPoolExec
     assert await call == [2]
 
 
-async def test_a_queue_that_is_full_refuses_at_once(executor: ThreadPoolExecutor) -> None:
-    doubling = Doubling()
+async def test_a_queue_that_is_full_refuses_at_once(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
     batcher = Batcher(doubling, executor, limit=1, most_waiting=1)
     doubling.gate.clear()
     first = asyncio.create_task(batcher([1]))
-    await asyncio.to_thread(doubling.begun.wait, 10)
+    assert await asyncio.to_thread(doubling.begun.wait, 60)
     waiting = asyncio.create_task(batcher([2]))
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError):

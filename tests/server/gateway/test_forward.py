@@ -126,7 +126,7 @@ async def test_events_are_not_held_back(house: House) -> None:
     stream = await house.gateway.openai().chat.completions.create(
         **chat("expert-0000", stream=True)
     )
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):  # the next token comes after 30 s
         assert (await anext(aiter(stream))).choices[0].delta.content == "t0 "
     await stream.close()
 
@@ -316,8 +316,7 @@ async def test_a_silent_engine_is_given_up(
     assert (status, answer["error"]["code"]) == (504, "engine_timeout")
 
 
-async def test_another_home_is_tried_when_one_refuses(house: House, unused_tcp_port: int) -> None:
-    nowhere = f"http://127.0.0.1:{unused_tcp_port}"
+async def test_another_home_is_tried_when_one_refuses(house: House, nowhere: str) -> None:
     await house.gateway.uses(
         make_table(2, make_worker(0, house.sport.url, [SPORT]), make_worker(1, nowhere, [SPORT]))
     )
@@ -326,11 +325,10 @@ async def test_another_home_is_tried_when_one_refuses(house: House, unused_tcp_p
         status, _, headers = await house.gateway.post(CHAT, body)
         assert (status, headers["x-introvert-worker"]) == (200, "worker-0")
     # The home that refused is left alone after a while, so few of the requests meet it.
-    assert 1 <= await house.gateway.metric("introvert_gateway_retries_total") < 5
+    assert 1 <= await house.gateway.metric("introvert_gateway_retries_total") < 10
 
 
-async def test_no_home_can_be_reached(house: House, unused_tcp_port: int) -> None:
-    nowhere = f"http://127.0.0.1:{unused_tcp_port}"
+async def test_no_home_can_be_reached(house: House, nowhere: str) -> None:
     await house.gateway.uses(make_table(2, make_worker(0, nowhere, [SPORT])))
     status, answer, headers = await house.gateway.post(CHAT, chat("expert-0000"))
     assert (status, answer["error"]["code"]) == (503, "no_engine")
@@ -358,12 +356,15 @@ async def test_a_hang_up_reaches_the_engine(house: House, stream: bool) -> None:
         engine.tokens, engine.token_delay_s = 1000, 0.05
     else:
         engine.behaviour = "wait"
-    writer = await _send_raw(house.gateway, chat("expert-0000", stream=stream))
-    async with asyncio.timeout(2):
-        await engine.arrived.wait()
-    await asyncio.sleep(0.1)
-    writer.close()
-    async with asyncio.timeout(1):
+    reader, writer = await _send_raw(house.gateway, chat("expert-0000", stream=stream))
+    try:
+        async with asyncio.timeout(60):
+            await engine.arrived.wait()
+            if stream:
+                await reader.readuntil(b"t0 ")
+    finally:
+        writer.close()
+    async with asyncio.timeout(60):
         await engine.left.wait()
     status = await house.gateway.until("/admin/status", lambda s: s["in_flight"]["worker-0"] == 0)
     assert status["ready"]["ready"]
@@ -376,7 +377,6 @@ async def test_a_hang_up_while_the_body_comes(house: House) -> None:
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     await writer.drain()
-    await asyncio.sleep(0.05)
     writer.close()
     sample = f'{REQUESTS}{{endpoint="{CHAT}",expert="none",status="499",worker="none"}}'
     await house.gateway.counts(sample)
@@ -416,7 +416,7 @@ async def test_the_less_loaded_home_is_taken(house: House) -> None:
             make_worker(1, house.law.url, [SPORT]),
         )
     )
-    house.sport.token_delay_s = house.law.token_delay_s = 0.5
+    house.sport.token_delay_s = house.law.token_delay_s = 30
     streams = [
         await house.gateway.openai().chat.completions.create(**chat("expert-0000", stream=True))
         for _ in range(6)
@@ -442,15 +442,16 @@ async def test_many_at_once_each_get_their_own(house: House) -> None:
                 assert name.encode() in await response.read()
 
     await asyncio.gather(*(ask(number) for number in range(200)))
-    status = (await house.gateway.get("/admin/status"))[1]
-    assert set(status["in_flight"].values()) == {0}
+    await house.gateway.until("/admin/status", lambda s: set(s["in_flight"].values()) == {0})
 
 
-async def _send_raw(gateway: Gateway, body: dict[str, Any]) -> asyncio.StreamWriter:
+async def _send_raw(
+    gateway: Gateway, body: dict[str, Any]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     host, port = gateway.url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port))
     data = json.dumps(body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
     writer.write(head.encode() + data)
     await writer.drain()
-    return writer
+    return reader, writer

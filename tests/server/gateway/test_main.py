@@ -40,7 +40,7 @@ class Process:
 
     async def ended(self) -> tuple[int, list[dict[str, Any]]]:
         """Exit code and log."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert self.process.stderr is not None
             log = (await self.process.stderr.read()).splitlines()
             return await self.process.wait(), [json.loads(line) for line in log]
@@ -86,13 +86,14 @@ async def test_it_serves_the_table_file_and_ends_with_its_parent(
     async with gateway_process(tmp_path) as gateway, aiohttp.ClientSession() as http:
         async with http.get(f"{gateway.url}/health") as response:
             assert response.status == 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             status = 503
             while status == 503:
                 async with http.post(
                     f"{gateway.url}/v1/chat/completions", json=chat("expert-0000")
                 ) as response:
                     status = response.status
+                await asyncio.sleep(0.02)
         assert status == 200
         # The router is loaded in a thread meanwhile: an early end would cut that short.
         await router_has_failed(http, gateway.url)
@@ -108,10 +109,11 @@ async def test_it_serves_the_table_file_and_ends_with_its_parent(
 async def test_running_requests_are_finished_on_sigterm(
     tmp_path: Path, start_engine: StartEngine
 ) -> None:
-    engine = await start_engine(tokens=20, token_delay_s=0.05)
+    goes_on = asyncio.Event()
+    engine = await start_engine(tokens=20, token_delay_s=0.02, first_token_only=goes_on)
     write_table(tmp_path / "table.json", make_table(1, make_worker(0, engine.url, [SPORT])))
     async with gateway_process(tmp_path) as gateway, aiohttp.ClientSession() as http:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 response = await http.post(
                     f"{gateway.url}/v1/chat/completions", json=chat("expert-0000", stream=True)
@@ -119,7 +121,9 @@ async def test_running_requests_are_finished_on_sigterm(
                 if response.status == 200:
                     break
                 response.close()
+                await asyncio.sleep(0.02)
         gateway.process.send_signal(signal.SIGTERM)
+        goes_on.set()
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
         code, _ = await gateway.ended()
     assert code == 0
@@ -139,14 +143,18 @@ async def test_draining_ends(tmp_path: Path, start_engine: StartEngine) -> None:
                     f"{gateway.url}/v1/chat/completions", json=chat("expert-0000")
                 ):
                     pass
+                await asyncio.sleep(0.02)
 
         asking = asyncio.create_task(ask())
-        await asyncio.wait_for(engine.arrived.wait(), 10)
-        gateway.process.send_signal(signal.SIGTERM)
-        code, _ = await gateway.ended()
-        await asyncio.gather(asking, return_exceptions=True)
+        try:
+            await asyncio.wait_for(engine.arrived.wait(), 60)
+            gateway.process.send_signal(signal.SIGTERM)
+            code, _ = await gateway.ended()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
     assert code == 0
-    await asyncio.wait_for(engine.left.wait(), 2)
+    await asyncio.wait_for(engine.left.wait(), 60)
 
 
 async def test_a_taken_port_is_told(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def url() -> Iterator[str]:
             up.set()
             await asyncio.to_thread(over.wait)
 
-    thread = threading.Thread(target=lambda: asyncio.run(live()))
+    thread = threading.Thread(target=lambda: asyncio.run(live()), daemon=True)
     thread.start()
     try:
         assert up.wait(60)

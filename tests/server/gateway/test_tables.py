@@ -24,10 +24,12 @@ async def following(tmp_path: Path) -> AsyncIterator[tuple[Path, asyncio.Queue[R
             seen.put_nowait(table)
 
     task = asyncio.create_task(follow())
-    yield path, seen
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    try:
+        yield path, seen
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 async def test_each_table_comes_once(
@@ -39,7 +41,7 @@ async def test_each_table_comes_once(
     for version in (1, 2, 3):
         table = make_table(version, make_worker(0, "http://host:1", []))
         write_table(path, table)
-        assert await asyncio.wait_for(seen.get(), 2) == table
+        assert await asyncio.wait_for(seen.get(), 60) == table
     await asyncio.sleep(0.05)
     assert seen.empty()
 
@@ -50,12 +52,15 @@ async def test_a_table_that_cannot_be_read_is_passed_over(
 ) -> None:
     path, seen = following
     write_table(path, make_table(1))
-    assert (await asyncio.wait_for(seen.get(), 2)).version == 1
+    assert (await asyncio.wait_for(seen.get(), 60)).version == 1
     path.write_text('{"version": "none"}')
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while "cannot be read" not in caplog.text:  # noqa: ASYNC110 - a log has no event for it
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.05)
     assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
     path.unlink()
     await asyncio.sleep(0.05)
     assert seen.empty()
     write_table(path, make_table(2))
-    assert (await asyncio.wait_for(seen.get(), 2)).version == 2
+    assert (await asyncio.wait_for(seen.get(), 60)).version == 2
