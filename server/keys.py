@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from server.errors import KeysError
 
@@ -37,9 +45,9 @@ class KeyEntry(BaseModel):
     """Whose key it is, in logs and metrics; letters, digits, `.`, `_` and `-`."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the key, in hexadecimal digits."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[PositiveFloat, AllowInfNan(False)] = 1.0
     """Share of a busy worker, relative to the others'."""
-    requests_per_minute: PositiveFloat | None = None
+    requests_per_minute: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] | None = None
     """How often it may ask: evenly, or a minute's worth at once; none: no limit."""
     concurrent: PositiveInt | None = None
     """Requests that it may have running; none: no limit."""
@@ -80,7 +88,7 @@ def parse_keys(text: str, place: str) -> list[KeyEntry]:
     try:
         document = yaml.safe_load(text)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, say
         raise KeysError(f"{place} is no YAML: {error}") from None
     if document is None:
         return []

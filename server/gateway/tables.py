@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import ValidationError
-
 from server.table import RoutingTable, read_table
 
 logger = logging.getLogger(__name__)
@@ -36,6 +34,7 @@ class TableFile:
         self._path = path
         self._interval_s = interval_s
         self._seen: tuple[int, int, int] | None = None
+        self._unreadable = False
 
     async def follow(self) -> AsyncIterator[RoutingTable]:
         """Each new table of the file, the one that is there first."""
@@ -51,10 +50,16 @@ class TableFile:
             identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if identity == self._seen:
                 return None
-            self._seen = identity
-            return read_table(self._path)
+            table = read_table(self._path)
         except FileNotFoundError:
             return None
-        except (OSError, ValidationError) as error:
-            logger.error("the routing table cannot be read, the last one stays: %s", error)
+        except OSError as error:  # out of file descriptors, say: it may be read the next time
+            if not self._unreadable:
+                logger.error("the routing table cannot be read, the last one stays: %s", error)
+            self._unreadable = True
             return None
+        except ValueError as error:  # no UTF-8, or no table
+            logger.error("the routing table cannot be read, the last one stays: %s", error)
+            table = None
+        self._seen, self._unreadable = identity, False
+        return table

@@ -102,6 +102,7 @@ class Keyring:
         self._counts = counts or LocalCounts()
         self._rates = rates or LocalRates()
         self._seen = _identity(keys_file) if keys_file else None
+        self._fault = ""
         self._tenants: dict[bytes, tuple[bytes, Tenant]] = {}
         if keys_file is not None:
             self._use(read_keys(keys_file))
@@ -172,12 +173,14 @@ class Keyring:
         identity = _identity(self._file)
         if identity == self._seen:
             return
-        self._seen = identity
         try:
             self._use(read_keys(self._file))
         except KeysError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            if str(error) != self._fault:
+                logger.error("the API keys stay as they were: %s", error)
+            self._fault = str(error)  # tried again: it may be this process that cannot read it
         else:
+            self._seen, self._fault = identity, ""
             logger.info("%d API keys", len(self._tenants))
 
     def _use(self, entries: Sequence[KeyEntry]) -> None:

@@ -70,7 +70,12 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("a: [", "is no YAML"), ("a: 1", "a list of keys is expected")]
+    ("text", "reason"),
+    [
+        ("a: [", "is no YAML"),
+        ("- name: 2026-02-31", "is no YAML"),
+        ("a: 1", "a list of keys is expected"),
+    ],
 )
 def test_files_of_another_kind(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "keys.yaml"
@@ -94,3 +99,11 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 def test_an_empty_file_has_no_keys(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("# nothing yet\n")
     assert read_keys(tmp_path / "keys.yaml") == []
+
+
+@pytest.mark.parametrize("limit", ["weight: .inf", "weight: .nan", "requests_per_minute: 1.0e-9"])
+def test_numbers_that_nothing_can_be_shared_by(tmp_path: Path, limit: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- name: a\n  sha256: {DIGEST}\n  {limit}\n")
+    with pytest.raises(KeysError, match=limit.partition(":")[0]):
+        read_keys(path)

@@ -120,6 +120,26 @@ def test_the_file_is_followed(keys: Path, caplog: pytest.LogCaptureFixture) -> N
     assert keyring.identify(bearer("secret-b")).name == "bob", "a lost file locks nobody out"
 
 
+def test_a_file_that_could_not_be_opened_is_read_later(
+    keys: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a crowd of clients has taken every file descriptor: a revoked key must not stay."""
+    keyring = Keyring(keys)
+    remove_key(keys, "alice")
+    with monkeypatch.context() as patch:
+
+        def fail(path: Path) -> list[KeyEntry]:
+            raise KeysError(f"the keys' file {path} cannot be read: Too many open files")
+
+        patch.setattr(tenants, "read_keys", fail)
+        keyring.refresh()
+        keyring.refresh()
+    assert len([r for r in caplog.records if "Too many open files" in r.message]) == 1
+    keyring.refresh()
+    with pytest.raises(UnauthorizedError):
+        keyring.identify(bearer("secret-a"))
+
+
 def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="cannot be read"):
         Keyring(tmp_path / "nothing.yaml")
