@@ -40,6 +40,7 @@ OWN_FLAGS = frozenset(
         "max-loras",
         "max-cpu-loras",
         "max-lora-rank",
+        "lora-target-modules",
     }
 )
 """Flags that the control plane relies on, so that a config may not set them."""

@@ -180,7 +180,7 @@ def test_extra_arguments_win_and_none_takes_one_out() -> None:
     assert made.env["OMP_NUM_THREADS"] == "9"
 
 
-@pytest.mark.parametrize("name", ["port", "--host", "served_model_name", "max_loras"])
+@pytest.mark.parametrize("name", ["port", "--host", "max_loras", "lora_target_modules"])
 def test_arguments_that_the_control_plane_relies_on_are_refused(name: str) -> None:
     with pytest.raises(ServingConfigError, match="remove it"):
         command(serving=ServingConfig(engine_args={name: "1"}))
