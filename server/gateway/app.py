@@ -53,6 +53,9 @@ ANSWER_HEADERS = {
     "x-introvert-worker": "The worker that answered.",
     "x-introvert-route-score": "Cosine of the text and the expert; `nan` where none was routed.",
     "x-introvert-route-ms": "Milliseconds spent on routing.",
+    "x-introvert-spill": "`runner-up` or `base`: the wait for the routed expert was too long, so "
+    "that answered in its place; else not there.",
+    "x-introvert-routed-expert": "Id of the routed expert, where another answered.",
 }
 
 
