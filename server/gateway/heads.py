@@ -1,7 +1,8 @@
 """Connections whose request heads are too slow or too large do not last.
 
-uvicorn waits for a head as long as it takes and keeps all of it; whoever opens a few thousand
-connections and says nothing would keep everybody else out. Knows nothing of what is asked.
+uvicorn waits for a head as long as it takes and keeps all of it, and for the rest of a body that
+nobody reads any more; whoever opens a few thousand connections and says nothing would keep
+everybody else out. Knows nothing of what is asked.
 """
 
 from __future__ import annotations
@@ -82,7 +83,15 @@ class LimitedHeads(HttpToolsProtocol):
         """A request is whole; the next one may come at its leisure."""
         self._in_head = True
         self._head_bytes = 0
+        self._stop_waiting()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is whole. Of a request that was refused before its body had come, the rest may
+        come for a while, so that the client reads the answer; it may not come for ever."""
+        super().on_response_complete()
+        if not self._in_head and self.cycle.response_complete and self._deadline is None:
+            self._deadline = self.loop.call_later(self._timeout_s, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""

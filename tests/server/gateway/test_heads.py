@@ -20,8 +20,8 @@ LIMIT = 4096
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers when the body has come."""
-    while (await receive()).get("more_body"):
+    """Answers when the body has come, or refuses to read it."""
+    while scope["path"] != "/refused" and (await receive()).get("more_body"):
         pass
     headers = [(b"content-length", b"2")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -94,6 +94,24 @@ async def test_an_endless_head_is_refused(endless: bytes) -> None:
         line, error = await rest(reader)
         assert line == b"HTTP/1.1 431 Request Header Fields Too Large"
         assert error["code"] == "headers_too_large"
+
+
+async def test_the_body_of_a_request_that_was_answered_does_not_come_for_ever() -> None:
+    async with connected(0.3) as (reader, writer), asyncio.timeout(20):
+        writer.write(b"POST /refused HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\nx")
+        assert b"ok" in await reader.readuntil(b"ok")
+        end = asyncio.ensure_future(reader.read())
+        while not end.done():
+            writer.write(b"x")
+            await asyncio.sleep(0.02)
+
+
+async def test_a_body_that_comes_after_its_answer_costs_no_connection() -> None:
+    async with connected(60) as (reader, writer), asyncio.timeout(20):
+        for _ in range(2):
+            writer.write(b"POST /refused HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nx")
+            assert b"ok" in await reader.readuntil(b"ok")
+            writer.write(b"x")
 
 
 async def test_what_is_no_http_is_told_so() -> None:
