@@ -34,7 +34,7 @@ def test_sockets_share_a_port_and_take_its_connections_between_them(count: int) 
     try:
         assert len({one.getsockname() for one in sockets}) == 1
         for _ in range(10):
-            clients.append(socket.create_connection(sockets[0].getsockname(), 5))
+            clients.append(socket.create_connection(sockets[0].getsockname(), 60))
         accepted = 0
         for one in sockets:
             one.setblocking(False)

@@ -147,22 +147,26 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def plane() -> AsyncIterator[FakePlane]:
     made = FakePlane()
-    await made.begin()
-    await made.until(lambda t: all(worker.state == "ready" for worker in t.workers), 10)
-    yield made
-    await made.end()
+    try:
+        await made.begin()
+        await made.until(lambda t: all(worker.state == "ready" for worker in t.workers), 60)
+        yield made
+    finally:
+        await made.end()
 
 
 @pytest.fixture
 async def publisher(plane: FakePlane) -> AsyncIterator[Publisher]:
     made = Publisher(plane, CONFIG, plane.gather)
-    yield made
-    await made.end()
+    try:
+        yield made
+    finally:
+        await made.end()
 
 
 async def reached(publisher: Publisher, *states: str) -> dict[str, Any]:
     """The change once it is in one of the states, or over."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             change: dict[str, Any] = publisher.document["change"]
             if change["state"] in (states or OVER):

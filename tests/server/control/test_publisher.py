@@ -146,7 +146,7 @@ async def test_a_controller_that_dies_in_the_middle_goes_on(
 ) -> None:
     plane.report.broken = {NEW.bundle: "loading"}
     publisher.begin(plane.add(NEW))
-    await plane.until(lambda table: loaded(table) >= NEW_NAMES, 10)
+    await plane.until(lambda table: loaded(table) >= NEW_NAMES, 60)
     await plane.restart_controller()
     plane.report.broken = {}
     assert (await reached(publisher))["state"] == "done"
