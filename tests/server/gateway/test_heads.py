@@ -97,7 +97,7 @@ async def test_an_endless_head_is_refused(endless: bytes) -> None:
 
 
 async def test_the_body_of_a_request_that_was_answered_does_not_come_for_ever() -> None:
-    async with connected(0.3) as (reader, writer), asyncio.timeout(20):
+    async with connected(0.3) as (reader, writer), asyncio.timeout(60):
         writer.write(b"POST /refused HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\nx")
         assert b"ok" in await reader.readuntil(b"ok")
         end = asyncio.ensure_future(reader.read())
@@ -107,7 +107,7 @@ async def test_the_body_of_a_request_that_was_answered_does_not_come_for_ever() 
 
 
 async def test_a_body_that_comes_after_its_answer_costs_no_connection() -> None:
-    async with connected(60) as (reader, writer), asyncio.timeout(20):
+    async with connected(60) as (reader, writer), asyncio.timeout(60):
         for _ in range(2):
             writer.write(b"POST /refused HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nx")
             assert b"ok" in await reader.readuntil(b"ok")

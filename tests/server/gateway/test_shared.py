@@ -80,7 +80,7 @@ def test_a_real_process_counts_too(three: list[SharedCounts], tmp_path: Path) ->
         "import sys; from pathlib import Path; from server.gateway.shared import SharedCounts\n"
         "SharedCounts(Path(sys.argv[1]), processes=3, number=1).add('worker-0', 7)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "counts")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "counts")], check=True, timeout=120)
     assert three[0].of("worker-0") == 7
 
 

@@ -47,6 +47,13 @@ async def complaints(caplog: pytest.LogCaptureFixture, count: int) -> None:
     assert told() == count
 
 
+def put(path: Path, content: bytes) -> None:
+    """Whole at once: the file is read by another thread."""
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.rename(path)
+
+
 async def test_each_table_comes_once(
     following: tuple[Path, asyncio.Queue[RoutingTable]],
 ) -> None:
@@ -68,9 +75,9 @@ async def test_a_table_that_cannot_be_read_is_passed_over(
     path, seen = following
     write_table(path, make_table(1))
     assert (await asyncio.wait_for(seen.get(), 60)).version == 1
-    path.write_text('{"version": "none"}')
+    put(path, b'{"version": "none"}')
     await complaints(caplog, 1)
-    path.write_bytes(b'"\xff')
+    put(path, b'"\xff')
     await complaints(caplog, 2)
     path.unlink()
     await asyncio.sleep(0.05)

@@ -123,5 +123,7 @@ def test_it_is_imported_only_where_configured() -> None:
         "import sys, server.gateway.app\n"
         "print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == "[]"
