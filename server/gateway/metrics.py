@@ -44,6 +44,11 @@ REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 NO_LABEL = "none"
 """Label of a request that ended before it had an expert or a worker."""
 
+MAX_PAIRS = 65_536
+"""Combinations of the labels of `requests` that are told apart. Experts move for as long as the
+gateway lives; beyond this, requests of an expert and worker not met before are another worker's."""
+OTHER = "other"
+
 MAX_REASONS = 64
 """Reasons of refusals that are told apart; engines could invent more."""
 
@@ -173,7 +178,7 @@ class Metrics:
         """Count a request that is over."""
         expert, worker = request.expert or NO_LABEL, request.worker or NO_LABEL
         status = str(request.status)
-        self._requests.inc((request.endpoint, expert, worker, status))
+        self._count_pair(request.endpoint, expert, worker, status)
         if request.began:
             self._seconds.observe(request.ended - request.began, (request.endpoint,))
         if request.route is not None:
@@ -192,6 +197,12 @@ class Metrics:
         if request.worker:
             self._count_of_worker(request, (worker,))
         self._count_tokens(request, expert, worker)
+
+    def _count_pair(self, endpoint: str, expert: str, worker: str, status: str) -> None:
+        labels = (endpoint, expert, worker, status)
+        if len(self._requests) >= MAX_PAIRS and labels not in self._requests:
+            labels = (endpoint, expert, OTHER, status)
+        self._requests.inc(labels)
 
     def _count_of_expert(self, request: Observation, expert: Labels) -> None:
         self._expert_requests.inc(expert)
@@ -234,7 +245,7 @@ class Metrics:
         self, endpoint: str, expert: str | None, worker: str | None, status: int
     ) -> None:
         """Count a request of which nothing more is known."""
-        self._requests.inc((endpoint, expert or NO_LABEL, worker or NO_LABEL, str(status)))
+        self._count_pair(endpoint, expert or NO_LABEL, worker or NO_LABEL, str(status))
 
     def upstream_failed(self, worker: str, kind: str) -> None:
         """Count a fault of a worker: `unreachable`, `lost`, `timeout` or `answer`."""
@@ -258,7 +269,7 @@ class Metrics:
     def _reason(self, code: str) -> str:
         if code not in self._reasons:
             if len(self._reasons) >= MAX_REASONS:
-                return "other"
+                return OTHER
             self._reasons.add(code)
         return code
 

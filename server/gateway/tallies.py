@@ -70,6 +70,12 @@ class Counters:
         """Count `by` more."""
         self._values[labels] = self._values.get(labels, 0.0) + by
 
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, labels: Labels) -> bool:
+        return labels in self._values
+
     def snapshot(self) -> Snapshot:
         """What has been counted."""
         samples = [(labels, [value]) for labels, value in self._values.items()]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from router.types import Route
+from server.gateway import metrics as metrics_module
 from server.gateway.metrics import MAX_REASONS, Metrics
 from server.gateway.observation import Observation
 from server.gateway.recorder import RequestRecorder
@@ -95,3 +98,12 @@ def test_reasons_are_bounded() -> None:
     reasons = {key[1]: value for key, value in read.items() if key[0] == f"{G}rejected_total"}
     assert len(reasons) == MAX_REASONS + 1
     assert reasons["other"] == 10
+
+
+def test_experts_that_move_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "MAX_PAIRS", 2)
+    read = observed(
+        *({"expert": "a", "worker": f"w{n}", "status": 200} for n in (0, 1, 2, 3, 0)),
+    )
+    requests = {key[3]: value for key, value in read.items() if key[0] == f"{G}requests_total"}
+    assert requests == {"w0": 2, "w1": 1, "other": 2}
