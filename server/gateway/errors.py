@@ -55,6 +55,7 @@ ANTHROPIC_TYPES = {
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "request_too_large",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     431: "request_too_large",
     503: "overloaded_error",
