@@ -5,13 +5,15 @@ Everything that an engine answers is passed on as it is and has no schema here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from router.types import Route
-from server.gateway.choice import ROUTED_MODEL, Chooser
+from router.types import Candidate, Route
+from server.gateway.choice import ROUTED_MODEL
 from server.gateway.readiness import Readiness
+from server.gateway.views import View
 from server.table import RoutingTable
 
 
@@ -111,6 +113,8 @@ class RouteCandidate(Answer):
     served: bool
     """Whether the routing table has the expert and its workers have not refused it; if not, the
     base answers in its place."""
+    allowed: bool
+    """Whether the API key may ask it."""
     workers: list[str]
     """Ready workers that hold it."""
 
@@ -119,7 +123,7 @@ class RouteExplanation(Answer):
     """Where one text goes, and why."""
 
     expert: str | None
-    """The expert that would answer; none: the base."""
+    """The expert that would answer the API key; none: the base."""
     model: str
     """The name that the answer's `model` would have."""
     cluster: int
@@ -128,6 +132,9 @@ class RouteExplanation(Answer):
     """Score less the runner-up's."""
     abstained: bool
     """Whether the score is below the threshold, so that the base answers."""
+    allowed: bool
+    """Whether the API key would get an answer: false where it may ask no candidate and not the
+    base either."""
     threshold: float | None
     """Score below which the router abstains."""
     workers: list[str]
@@ -227,25 +234,19 @@ def list_models(table: RoutingTable, created: int, *, routed: bool) -> list[Mode
     return models
 
 
-def explain_route(route: Route, chooser: Chooser, threshold: float | None) -> RouteExplanation:
+def explain_route(
+    route: Route, view: View, threshold: float | None, may_ask: Callable[[str], bool]
+) -> RouteExplanation:
     """A route in words, with the homes that could answer now.
 
-    Raises:
-        NoEngineError: no table has come yet.
+    Args:
+        route: what is to be explained.
+        view: the bundle that it is of.
+        threshold: score below which that bundle's router abstains.
+        may_ask: whether the API key may ask an expert, by its id, or `base`.
     """
-    target = chooser.routed(route.expert)
-    candidates = []
-    for candidate in route.top:
-        home = chooser.routed(candidate.expert)
-        served = home.expert == candidate.expert
-        candidates.append(
-            RouteCandidate(
-                expert=candidate.expert,
-                score=candidate.score,
-                served=served,
-                workers=[h.worker for h in home.homes] if served else [],
-            )
-        )
+    allowed = view.allowed(route, may_ask)
+    target = allowed or view.routed(route.expert)
     return RouteExplanation(
         expert=target.expert,
         model=target.served_name,
@@ -253,9 +254,22 @@ def explain_route(route: Route, chooser: Chooser, threshold: float | None) -> Ro
         score=route.score,
         margin=route.margin,
         abstained=route.abstained,
+        allowed=allowed is not None,
         threshold=threshold,
         workers=[home.worker for home in target.homes],
-        candidates=candidates,
+        candidates=[_explain(candidate, view, may_ask) for candidate in route.top],
+    )
+
+
+def _explain(candidate: Candidate, view: View, may_ask: Callable[[str], bool]) -> RouteCandidate:
+    home = view.routed(candidate.expert)
+    served = home.expert == candidate.expert
+    return RouteCandidate(
+        expert=candidate.expert,
+        score=candidate.score,
+        served=served,
+        allowed=may_ask(candidate.expert),
+        workers=[h.worker for h in home.homes] if served else [],
     )
 
 

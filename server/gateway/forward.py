@@ -14,7 +14,6 @@ import time
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
-from router.types import Route
 from server.gateway.admission import Group
 from server.gateway.choice import ROUTED_MODEL, conversation_key
 from server.gateway.client import (
@@ -171,22 +170,10 @@ class Exchange:
         observation.route = route
         passage.threshold = self._parts.routing.threshold_of(view.bundle)
         observation.routed_by = route.by
-        target = view.routed(route.expert)
-        if passage.tenant.experts is None or passage.tenant.may_ask(target.label):
-            return target
-        return self._allowed(passage, route)
-
-    def _allowed(self, passage: Passage, route: Route) -> Target:
-        """The best that the tenant may ask, where the routed expert is not among it."""
-        view, tenant = passage.view, passage.tenant
-        assert view is not None
-        for candidate in () if route.abstained else route.top:
-            target = view.by_expert.get(candidate.expert)
-            if target is not None and not target.refused_by and tenant.may_ask(target.label):
-                return target
-        if tenant.may_ask(view.base.label):
-            return view.base
-        raise _forbidden(route.expert or view.base.label)
+        target = view.allowed(route, passage.tenant.may_ask)
+        if target is None:
+            raise _forbidden(route.expert or view.base.label)
+        return target
 
     async def _serve(self, passage: Passage, send: Send) -> None:
         """Hand the call to one of its homes; on to the next as long as none has seen it.

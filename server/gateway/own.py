@@ -117,18 +117,23 @@ def own_routes(parts: Parts, scrape: Scrape) -> APIRouter:
         },
     )
     async def route(request: Request) -> RouteList:
-        """Where texts or a chat would go, and why; nothing is generated."""
+        """Where texts or a chat of this API key would go, and why; nothing is generated."""
         tenant = _tenant(parts, request)
         body = await body_of_request(request, parts.config, parts.config.max_prompt_bytes)
         asked = _route_request(body)
+        view = parts.chooser.served  # and its router: both of one bundle, whatever is published
         with parts.keyring.admit(tenant):
             if asked.messages is not None:
-                routed = await parts.routing.route("chat", [{"messages": asked.messages}])
+                routed = await parts.routing.route(
+                    "chat", [{"messages": asked.messages}], bundle=view.bundle
+                )
             else:
                 texts = [asked.input] if isinstance(asked.input, str) else asked.input or []
-                routed = await parts.routing.route("responses", [{"input": t} for t in texts])
-        threshold = parts.routing.threshold
-        return RouteList(data=[explain_route(r, parts.chooser, threshold) for r in routed])
+                routed = await parts.routing.route(
+                    "responses", [{"input": t} for t in texts], bundle=view.bundle
+                )
+        threshold = parts.routing.threshold_of(view.bundle)
+        return RouteList(data=[explain_route(r, view, threshold, tenant.may_ask) for r in routed])
 
     return routes
 

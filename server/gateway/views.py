@@ -14,6 +14,7 @@ from zlib import crc32
 
 import msgspec
 
+from router.types import Route
 from server.gateway.admission import Lane
 from server.gateway.residency import Residency
 from server.table import ExpertHome, RoutingTable, WorkerEntry
@@ -75,6 +76,23 @@ class View:
         was refused by all of its workers."""
         target = self.base if expert is None else self.by_expert.get(expert, self.base)
         return self.base if target.refused_by else target
+
+    def allowed(self, route: Route, may_ask: Callable[[str], bool]) -> Target | None:
+        """Where a routed request goes of somebody who may not ask everything: its expert, or the
+        best other candidate, or the base; none: it may ask none of them.
+
+        Args:
+            route: of the request.
+            may_ask: whether an expert, by its id, or `base` may be asked.
+        """
+        target = self.routed(route.expert)
+        if may_ask(target.label):
+            return target
+        for candidate in () if route.abstained else route.top:
+            other = self.by_expert.get(candidate.expert)
+            if other is not None and not other.refused_by and may_ask(other.label):
+                return other
+        return self.base if may_ask(self.base.label) else None
 
 
 @dataclass(frozen=True, slots=True)

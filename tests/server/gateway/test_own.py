@@ -198,11 +198,24 @@ async def test_route_explains_and_generates_nothing(house: House) -> None:
         "score": 0.75,
         "margin": 0.25,
         "abstained": False,
+        "allowed": True,
         "threshold": 0.25,
         "workers": ["worker-0"],
         "candidates": [
-            {"expert": "expert-0000", "score": 0.75, "served": True, "workers": ["worker-0"]},
-            {"expert": "expert-0001", "score": 0.5, "served": True, "workers": ["worker-1"]},
+            {
+                "expert": "expert-0000",
+                "score": 0.75,
+                "served": True,
+                "allowed": True,
+                "workers": ["worker-0"],
+            },
+            {
+                "expert": "expert-0001",
+                "score": 0.5,
+                "served": True,
+                "allowed": True,
+                "workers": ["worker-1"],
+            },
         ],
     }
     assert (unserved["expert"], unserved["model"], unserved["abstained"]) == (None, BASE, False)

@@ -82,6 +82,20 @@ async def test_an_allow_list(guarded: Gateway) -> None:
     assert (status, headers["x-introvert-expert"]) == (200, "expert-0001")
 
 
+async def test_a_route_is_explained_as_the_key_would_get_it(guarded: Gateway) -> None:
+    texts = {"input": ["sport", "?"]}
+    _, answer, _ = await guarded.post("/v1/route", texts, **key("alice"))
+    sport, nothing = answer["data"]
+    assert (sport["expert"], sport["model"], sport["allowed"]) == ("expert-0001", LAW, True)
+    assert [c["allowed"] for c in sport["candidates"]] == [False, True]
+    assert (nothing["expert"], nothing["model"], nothing["allowed"]) == (None, BASE, False)
+    _, answer, _ = await guarded.post("/v1/route", texts, **key("carol"))
+    assert [(r["expert"], r["allowed"]) for r in answer["data"]] == [
+        ("expert-0000", True),
+        (None, True),
+    ]
+
+
 async def test_a_rate(guarded: Gateway) -> None:
     statuses = []
     for _ in range(4):
