@@ -241,12 +241,6 @@ class Metrics:
         if abstained:
             self._abstentions.inc()
 
-    def request_ended(
-        self, endpoint: str, expert: str | None, worker: str | None, status: int
-    ) -> None:
-        """Count a request of which nothing more is known."""
-        self._count_pair(endpoint, expert or NO_LABEL, worker or NO_LABEL, str(status))
-
     def upstream_failed(self, worker: str, kind: str) -> None:
         """Count a fault of a worker: `unreachable`, `lost`, `timeout` or `answer`."""
         self._upstream_errors.inc((worker, kind))

@@ -105,5 +105,5 @@ def test_experts_that_move_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatc
     read = observed(
         *({"expert": "a", "worker": f"w{n}", "status": 200} for n in (0, 1, 2, 3, 0)),
     )
-    requests = {key[3]: value for key, value in read.items() if key[0] == f"{G}requests_total"}
+    requests = {key[4]: value for key, value in read.items() if key[0] == f"{G}requests_total"}
     assert requests == {"w0": 2, "w1": 1, "other": 2}
