@@ -24,13 +24,14 @@ from server.engine import fingerprint_distance
 from server.gateway_reports import SocketError, ask
 from server.table import CONTROL_SOCKET, RoutingTable, WorkerEntry
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
-HEAL_S = 60.0
-ACTOR_HEAL_S = 120.0
+# They end hangs, and say nothing of speed: a machine may be slow.
+HEAL_S = 240.0
+ACTOR_HEAL_S = 480.0
 """Ray has to start the actor before the engine can be."""
-NOTICED_S = 15.0
-READY_S = 240.0
+NOTICED_S = 60.0
+READY_S = 480.0
 PROMPT = [40, 41, 42]
 ANSWER_TOKENS = 8
 Introvert = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,7 +62,7 @@ def complete(entry: WorkerEntry, model: str, prompt: list[int], **extra: Any) ->
         json.dumps(body).encode(),
         HEADERS,
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=120) as response:
         answer: dict[str, Any] = json.load(response)
         return answer
 
@@ -380,7 +381,7 @@ class Load:
             )
             number += 1
             try:
-                with urllib.request.urlopen(request, timeout=60) as response:
+                with urllib.request.urlopen(request, timeout=120) as response:
                     answer = json.load(response)
                     version = response.headers["x-introvert-expert-version"]
             except OSError as error:
@@ -394,7 +395,7 @@ class Load:
 def test_a_killed_gateway_is_back_on_its_port(cluster: Cluster) -> None:
     def healthy() -> bool:
         try:
-            return bool(urllib.request.urlopen(f"{cluster.url}/health", timeout=5).status == 200)
+            return bool(urllib.request.urlopen(f"{cluster.url}/health", timeout=30).status == 200)
         except OSError:
             return False
 
@@ -403,8 +404,8 @@ def test_a_killed_gateway_is_back_on_its_port(cluster: Cluster) -> None:
         child for child in psutil.Process().children() if "server.gateway" in child.cmdline()
     )
     gateway.kill()
-    gateway.wait(5)
-    deadline = time.monotonic() + 30
+    gateway.wait(60)
+    deadline = time.monotonic() + 120
     while not healthy():
         assert time.monotonic() < deadline
         time.sleep(0.1)

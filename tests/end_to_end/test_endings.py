@@ -18,10 +18,10 @@ from server.cluster import Cluster
 from server.errors import EngineFailedError, PortTakenError
 from server.table import read_table
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 LeftBehind = Callable[[], list[str]]
-READY_S = 120.0
+READY_S = 300.0
 
 
 def test_an_engine_that_cannot_start_is_reported_and_leaves_nothing(
@@ -39,13 +39,12 @@ def test_an_engine_that_cannot_start_is_reported_and_leaves_nothing(
 def test_a_taken_port_is_said_before_anything_starts(
     world: Any, tmp_path: Path, taken_port: int, left_behind: LeftBehind
 ) -> None:
-    began = time.monotonic()
     with (
         pytest.raises(PortTakenError, match=f"port {taken_port} on 127.0.0.1 is taken"),
         Cluster(world.config(tmp_path, gateway={"port": taken_port})),
     ):
         raise AssertionError("it must not start")
-    assert time.monotonic() - began < 2
+    assert not list(tmp_path.glob("logs/*.pid"))
     assert left_behind() == []
 
 
@@ -64,7 +63,7 @@ def test_sigterm_while_engines_start_leaves_nothing(
             time.sleep(0.05)
         command.process.terminate()
         began = time.monotonic()
-        assert command.process.wait(60) == 128 + signal.SIGTERM
+        assert command.process.wait(120) == 128 + signal.SIGTERM
         print(f"\nended in {time.monotonic() - began:.1f} s")
     finally:
         command.close()
@@ -83,7 +82,7 @@ def test_a_driver_killed_with_sigkill_leaves_no_process(
         "import sys, time\nfrom pathlib import Path\n"
         "from configs.schema import RunConfig\nfrom server.cluster import Cluster\n"
         "config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())\n"
-        "with Cluster(config) as cluster:\n    time.sleep(600)\n"
+        "with Cluster(config) as cluster:\n    time.sleep(900)\n"
     )
     # its files stay behind, as nobody is there to remove them; Ray's sockets need a short path
     with tempfile.TemporaryDirectory(prefix="killed-") as scratch:
@@ -91,14 +90,16 @@ def test_a_driver_killed_with_sigkill_leaves_no_process(
             [sys.executable, "-c", script, str(config_file)],
             env={**os.environ, "TMPDIR": scratch},
         )
-        deadline = time.monotonic() + 60
-        while not _engine_runs(tmp_path):
-            assert time.monotonic() < deadline
-            assert driver.poll() is None
-            time.sleep(0.2)
-        driver.kill()
-        driver.wait()
-        deadline = time.monotonic() + 30
+        try:
+            deadline = time.monotonic() + READY_S
+            while not _engine_runs(tmp_path):
+                assert time.monotonic() < deadline
+                assert driver.poll() is None
+                time.sleep(0.2)
+        finally:
+            driver.kill()
+            driver.wait()
+        deadline = time.monotonic() + 120
         while left := left_behind():
             assert time.monotonic() < deadline, left
             time.sleep(0.2)

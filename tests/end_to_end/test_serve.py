@@ -24,7 +24,7 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-READY_S = 200.0
+READY_S = 400.0
 HEAL_S = 240.0
 CLEAR_S = 30.0
 """For an error to come where a hang might be; how soon it does is for `bench/` to measure."""
@@ -437,7 +437,7 @@ def test_ctrl_c_lets_an_answer_finish_and_leaves_nothing(
     finished += [chunk.choices[0].finish_reason for chunk in stream]
     assert finished.count("length") == LONG["n"]
     served.press_ctrl_c()  # an impatient one
-    assert served.process.wait(60) == 0, served.errors
+    assert served.process.wait(120) == 0, served.errors
     print(f"\nended in {time.monotonic() - began:.1f} s")
     assert left_behind() == []
     assert "Traceback" not in served.errors, served.errors
