@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from configs.manifest import ExpertCard
 from configs.schema import BundleConfig, RunConfig
+from expert_trainer import embedding
 from expert_trainer.bundle import open_bundle, open_published
 from expert_trainer.errors import (
     BaseModelError,
@@ -40,11 +42,39 @@ from expert_trainer.types import (
 from router.model import Router
 from tests.expert_trainer.conftest import sentences, write_jsonl
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
     with ray_session(cpus=2):
         yield
+
+
+@pytest.fixture
+def embeds_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit embeds in this process, though a cluster is there: actors take long to start."""
+    monkeypatch.setattr(embedding, "wants_ray", lambda documents: False)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs it leaves a trained run."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def trained(
+    make_config: Callable[..., RunConfig], embeds_here: None, first_run: Path, tmp_path: Path
+) -> RunConfig:
+    """A run of few steps that is trained and published, in the test's own directory."""
+    config = make_config(tokens_per_expert=500)
+    if not (first_run / "bundle").exists():
+        bundle = BundleConfig(path=str(first_run / "bundle"))
+        assert train(config.model_copy(update={"bundle": bundle})).trained == ALL
+    for name in ("bundle", "bundle.work"):
+        shutil.copytree(first_run / name, tmp_path / name, symlinks=True)
+    return config
 
 
 def ids(events: list[Any], kind: type) -> list[str]:
@@ -135,10 +165,9 @@ def test_from_corpus_to_bundle_and_evaluation(make_config: Callable[..., RunConf
 
 
 def test_a_gate_that_nobody_passes_holds_back_without_training(
-    make_config: Callable[..., RunConfig],
+    make_config: Callable[..., RunConfig], trained: RunConfig
 ) -> None:
-    config = make_config(tokens_per_expert=500)
-    first = train(config)
+    first = open_bundle(trained.bundle.path).manifest
     strict = make_config(tokens_per_expert=500, gate_margin=50.0)
     events: list[Any] = []
     summary = train(strict, events.append)
@@ -152,14 +181,15 @@ def test_a_gate_that_nobody_passes_holds_back_without_training(
     assert arms.routed == arms.base == arms.hindsight
 
 
-def test_changed_settings_train_again(make_config: Callable[..., RunConfig]) -> None:
-    config = make_config(tokens_per_expert=500)
-    train(config)
+def test_changed_settings_train_again(
+    make_config: Callable[..., RunConfig], trained: RunConfig
+) -> None:
     same = make_config(tokens_per_expert=500, actors=1, max_retries=0)
     assert train(same).trained == []
     assert train(make_config(tokens_per_expert=500, rank=2)).trained == ALL
 
 
+@pytest.mark.usefixtures("embeds_here")
 def test_a_damaged_shard_is_reported_and_the_rest_is_published(
     make_config: Callable[..., RunConfig],
 ) -> None:
@@ -184,10 +214,9 @@ def test_a_damaged_shard_is_reported_and_the_rest_is_published(
 
 
 def test_one_expert_is_trained_again_and_the_others_stay_byte_for_byte(
-    make_config: Callable[..., RunConfig],
+    make_config: Callable[..., RunConfig], trained: RunConfig
 ) -> None:
-    config = make_config(tokens_per_expert=500)
-    train(config)
+    config = trained
     experts = Path(config.bundle.path) / "experts"
     before = tree(experts)
     events: list[Any] = []
@@ -226,6 +255,7 @@ def cards_of(config: RunConfig) -> list[ExpertCard]:
     return bundle.cards(bundle.manifest.experts)
 
 
+@pytest.mark.usefixtures("embeds_here")
 def test_new_documents_retrain_the_experts_that_gain_enough(
     make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +298,7 @@ def rows(topic: str, count: int) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.usefixtures("embeds_here")
 def test_experts_start_from_one_adapter_within_the_same_tokens(
     make_config: Callable[..., RunConfig],
 ) -> None:
@@ -295,6 +326,7 @@ def job_steps(config: RunConfig) -> list[int]:
     return [job.steps for job in expert_jobs(config, fit(config), "a" * 64)]
 
 
+@pytest.mark.usefixtures("embeds_here")
 @pytest.mark.parametrize("kind", ["driver", "actor"])
 def test_a_run_that_was_killed_goes_on_and_ends_bit_identical(
     make_config: Callable[..., RunConfig], tmp_path: Path, kind: str
@@ -358,12 +390,13 @@ def kill_driver(config: RunConfig, directory: Path) -> None:
     path = directory / "config.json"
     path.write_text(config.model_dump_json())
     ended = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(path)], capture_output=True, timeout=200, check=False
+        [sys.executable, "-c", DRIVER, str(path)], capture_output=True, timeout=600, check=False
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
     assert not (Path(config.bundle.path) / "manifest.json").exists(), "it was not done yet"
 
 
+@pytest.mark.usefixtures("embeds_here")
 def test_nodes_need_no_common_disk(
     make_config: Callable[..., RunConfig], ftp_url: str, tmp_path: Path
 ) -> None:
