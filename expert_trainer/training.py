@@ -179,7 +179,10 @@ class _Run:
             else:
                 self.cards[job.id] = make_card(self.clusters[job.id], result, config)
                 self._on_event(ExpertReused(job.id, self.cards[job.id]))
-        for event in run_experts(config, jobs, self._checkpoints, self._listen, missing=missing):
+        running = run_experts(
+            config, jobs, self._checkpoints, self._listen, missing=missing, keep_plan=True
+        )
+        for event in running:
             if isinstance(event, ExpertFailed):
                 self.failed.append(Failure(id=event.id, cause=event.cause))
             elif event.id not in self.cards:  # a member of an old cohort that was finished before
