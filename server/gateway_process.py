@@ -162,11 +162,11 @@ class _Child:
         self._process: subprocess.Popen[str] | None = None
         self._spawned = 0.0
 
-    def spawn(self) -> None:
-        """Start it."""
+    def spawn(self, *, again: bool = False) -> None:
+        """Start it; `again`: clients wait for it already."""
         with self._log_file.open("ab") as errors:
             self._process = subprocess.Popen(
-                self._command,
+                [*self._command, *(["--again"] if again else [])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -209,7 +209,7 @@ class _Child:
                 self._process.returncode,
             )
             self._close_pipes(self._process)
-            self.spawn()
+            self.spawn(again=True)
 
     def ask_to_end(self) -> None:
         """Close its standard input, upon which it drains."""

@@ -164,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--listen-fd", type=int, help="a TCP socket to listen on, inherited")
     parser.add_argument("--number", type=int, help="number of this process, from 0")
     parser.add_argument("--processes", type=int, default=1, help="how many there are")
+    parser.add_argument("--again", action="store_true", help="another process had this number")
     parser.add_argument("--admin-sha256", help="SHA-256 of the admin key, where none is configured")
     return parser.parse_args()
 
@@ -182,6 +183,7 @@ def _seat(arguments: argparse.Namespace) -> Seat:
         number=arguments.number or 0,
         processes=arguments.processes,
         engine_key=engine_key,
+        again=arguments.again,
         admin_sha256=arguments.admin_sha256,
     )
 

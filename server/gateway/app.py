@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 REFUSALS = (401, 403, 404, 413, 422, 429, 501, 502, 503, 504)
 """Statuses of error answers, the gateway's own and those that it passes on from engines."""
 
+CATCH_UP_S = 10.0
+CATCH_UP_LOOK_S = 0.01
+
 ANSWER_HEADERS = {
     "x-request-id": "The client's own id, or a new one.",
     "x-introvert-expert": "Id of the expert that answered, or `base`.",
@@ -181,6 +184,8 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
             asyncio.create_task(parts.keyring.follow()),
         ]
         try:
+            if parts.seat.again:
+                await _catch_up(parts)
             yield
         finally:
             for task in tasks:
@@ -191,6 +196,20 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
             await parts.recorder.close()
 
     return life
+
+
+async def _catch_up(parts: Parts) -> None:
+    """Have a table and a router before anything is accepted: whoever connects to a process that
+    died waits for the next one, and is not to be told by that one that it has neither yet."""
+    try:
+        async with asyncio.timeout(CATCH_UP_S):
+            # nobody else waits for these, and this only once in a process' life
+            while (  # noqa: ASYNC110
+                parts.chooser.table is None or parts.routing.status.state == "loading"
+            ):
+                await asyncio.sleep(CATCH_UP_LOOK_S)
+    except TimeoutError:
+        logger.warning("there is no table or no router after %g s: going on without", CATCH_UP_S)
 
 
 async def _follow(parts: Parts, table_source: TableSource) -> None:

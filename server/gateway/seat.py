@@ -29,6 +29,8 @@ class Seat:
     processes: int = 1
     engine_key: str | None = None
     """What engines ask for; shown to nobody."""
+    again: bool = False
+    """Whether it takes the place of a process that died: then its clients wait for it already."""
     admin_sha256: str | None = None
     """SHA-256 of the admin key that the driver made; none: as the config says."""
 
