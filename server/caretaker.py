@@ -47,7 +47,7 @@ class Caretaker:
             homes = {expert.id: tuple(expert.workers) for expert in last.experts}
             self._placements[last.bundle] = Placement(homes)
         self._sheltered: tuple[frozenset[str], dict[str, dict[str, Hosts]]] | None = None
-        self._moving = Homes(rules.settle_s)
+        self._moving = Homes(rules.settle_s, rules.drain_s)
         self._homes: dict[str, Hosts] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
@@ -218,7 +218,7 @@ class Caretaker:
         adapters: dict[str, Adapter] = {}
         for deployment in self._orders.deployments:
             for expert in deployment.experts:
-                if worker in self._homes[expert.name]:
+                if self._moving.holds(expert.name, worker):
                     adapters.setdefault(expert.name, expert.adapter)
         return list(adapters.values())
 
@@ -263,10 +263,15 @@ class Caretaker:
             place=served.place,
             base_name=served.base_name,
             max_model_len=min(self._lengths.values(), default=self._last_length),
-            workers=sorted(self._entries.values(), key=lambda entry: _number(entry.id)),
+            workers=sorted(map(self._asked, self._entries.values()), key=_number),
             experts=self._listed(served),
             canary=canary,
         )
+
+    def _asked(self, entry: WorkerEntry) -> WorkerEntry:
+        """A worker's entry without the experts that it holds but is to be asked for no longer."""
+        kept = [n for n in entry.experts if n not in self._homes or entry.id in self._homes[n]]
+        return entry if kept == entry.experts else entry.model_copy(update={"experts": kept})
 
     def _listed(self, deployment: Deployment) -> list[ExpertHome]:
         return [
@@ -285,10 +290,10 @@ PRIOR = 0.05
 """Engine seconds per second: what the corpus' shares weigh against measured rates."""
 
 
-def _number(worker: str) -> tuple[int, str]:
+def _number(entry: WorkerEntry) -> tuple[int, str]:
     """For sorting: `worker-2` before `worker-10`."""
-    digits = worker.rpartition("-")[2]
-    return (int(digits) if digits.isdigit() else 0, worker)
+    digits = entry.id.rpartition("-")[2]
+    return (int(digits) if digits.isdigit() else 0, entry.id)
 
 
 def _unheard(worker: str, node: str) -> WorkerEntry:

@@ -5,7 +5,8 @@ is a home more for as long as a move takes:
 
 - an expert whose homes are all out gets a shelter on a worker that is not, and keeps its homes;
 - a home that a newer placement leaves out keeps its expert until another home has held it for a
-  while, so that a worker that comes and goes does not make its experts travel each time.
+  while, so that a worker that comes and goes does not make its experts travel each time;
+- a home that lets go is none in the table, and holds the expert until nobody asks for it there.
 
 Knows nothing of Ray, of clocks, or of what a worker does to hold an expert.
 """
@@ -51,13 +52,17 @@ def shelters(
 class Homes:
     """The homes of served names from one look to the next."""
 
-    def __init__(self, settle_s: float) -> None:
+    def __init__(self, settle_s: float, drain_s: float) -> None:
         """Nobody lives anywhere.
 
         Args:
             settle_s: seconds that a wanted home holds an expert before another lets it go.
+            drain_s: seconds that a home that let go still holds the expert, for requests that
+                are on their way.
         """
         self._settle_s = settle_s
+        self._drain_s = drain_s
+        self._left: dict[tuple[str, str], float] = {}
         self._homes: dict[str, Hosts] = {}
         self._held_since: dict[str, float] = {}
 
@@ -88,5 +93,25 @@ class Homes:
                 leaving = ()
             homes[name] = hosts + leaving
         self._held_since = {n: since for n, since in self._held_since.items() if n in homes}
+        self._note_left(homes, held, now)
         self._homes = homes
         return homes
+
+    def holds(self, name: str, host: str) -> bool:
+        """Whether a host is a home of an expert, or was until lately."""
+        return host in self._homes.get(name, ()) or (name, host) in self._left
+
+    def _note_left(
+        self, homes: Mapping[str, Hosts], held: Mapping[str, Collection[str]], now: float
+    ) -> None:
+        for name, hosts in self._homes.items():
+            for host in hosts:
+                self._left.setdefault((name, host), now)
+        self._left = {
+            (name, host): at
+            for (name, host), at in self._left.items()
+            if name in homes
+            and host not in homes[name]
+            and name in held.get(host, ())
+            and now - at < self._drain_s
+        }

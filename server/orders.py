@@ -75,6 +75,8 @@ class Rules:
     """Seconds that a worker is not ready before its experts get a shelter."""
     settle_s: float
     """Seconds that a home holds an expert before the one that it left lets go."""
+    drain_s: float
+    """Seconds that an expert stays loaded where it is not to be asked for any longer."""
     policy: Policy
     """How demands become homes."""
 

@@ -251,5 +251,6 @@ def rules(config: RunConfig) -> Rules:
         silence_s=serving.hang_timeout_s,
         move_after_s=serving.move_after_s,
         settle_s=SETTLE_S,
+        drain_s=serving.drain_timeout_s,
         policy=Policy(max_replicas=serving.max_replicas, gain=serving.rebalance_gain),
     )

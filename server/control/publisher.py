@@ -266,26 +266,35 @@ class Publisher:
     async def _switch(self, following: Deployment, before: Deployment) -> None:
         """Serve it; let the old one go when nobody is on it any more."""
         await self._plane.order(Orders(following, retiring=before))
-        table = await self._plane.until(lambda t: t.bundle == following.bundle, None)
-
-        def switched(reports: Sequence[Report]) -> bool:
-            return all(report.table_version >= table.version for report in reports)
-
-        def drained(reports: Sequence[Report]) -> bool:
-            return not any(report.in_flight_bundles.get(before.bundle) for report in reports)
-
-        await self._gateways(switched, GATEWAYS_S)
+        await self._plane.until(lambda table: table.bundle == following.bundle, None)
         self._note(state="draining", detail="the last requests on the old bundle end")
-        await self._gateways(drained, self._config.serving.drain_timeout_s)
+        await self._drain(before.bundle)
         await self._plane.order(Orders(following))
         kept = await self._tidied(_names(before) - _names(following))
         self._note(state="done", detail=kept)
+
+    async def _drain(self, bundle: str) -> None:
+        """Wait until no gateway begins or has a request on a bundle that was taken away."""
+        version = self._plane.table.version
+
+        def switched(reports: Sequence[Report]) -> bool:
+            return all(report.table_version >= version for report in reports)
+
+        def drained(reports: Sequence[Report]) -> bool:
+            return not any(report.in_flight_bundles.get(bundle) for report in reports)
+
+        await self._gateways(switched, GATEWAYS_S)
+        await self._gateways(drained, self._config.serving.drain_timeout_s)
 
     async def _take_back(self, before: Deployment, state: Any, reason: str) -> None:
         """Have nothing but the old bundle served and loaded."""
         self._taking_back = True
         following = self._plane.orders.following
         if following is not None:
+            if self._plane.orders.share:
+                await self._plane.order(Orders(before, retiring=following))
+                await self._plane.until(lambda table: table.canary is None, None)
+                await self._drain(following.bundle)
             await self._plane.order(Orders(before))
             kept = await self._tidied(_names(following) - _names(before))
             reason = "; ".join(filter(None, (reason, kept)))

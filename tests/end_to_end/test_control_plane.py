@@ -107,7 +107,8 @@ def at_rest(cluster: Cluster) -> RoutingTable:
 
 def fullest(table: RoutingTable) -> str:
     """The worker that is home to two experts."""
-    return max(table.workers, key=lambda entry: len(served_by(table, entry.id))).id
+    homes = [home.workers[0] for home in table.experts]
+    return max(set(homes), key=homes.count)
 
 
 def cmdline(process: psutil.Process) -> list[str]:

@@ -91,7 +91,7 @@ def served(
         config = world.config(
             work,
             bundle=bundle,
-            gateway={"max_body_bytes": BODY_LIMIT},
+            gateway={"max_body_bytes": BODY_LIMIT, "queue_timeout_s": 0.5},
             serving={"move_after_s": 600},  # the experts of a lost engine wait for it here
         )
         command = serve(config, work)

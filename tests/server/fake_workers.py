@@ -71,7 +71,9 @@ DEPLOYMENT = Deployment(
     base_name="base",
     experts=tuple(expert(i, mass) for i, mass in enumerate([0.5, 0.3, 0.2])),
 )
-RULES = Rules(slots=None, silence_s=1.0, move_after_s=3600, settle_s=0.0, policy=Policy())
+RULES = Rules(
+    slots=None, silence_s=1.0, move_after_s=3600, settle_s=0.0, drain_s=0.2, policy=Policy()
+)
 
 
 def following(bundle: str, changed: Sequence[int] = (0, 1, 2)) -> Deployment:
