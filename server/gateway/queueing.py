@@ -138,7 +138,7 @@ def _spill(parts: Parts, passage: Passage, wait: float) -> tuple[Target, Spill] 
     if target.expert is None or passage.observation.spill:
         return None
     others: list[tuple[Target, Spill]] = []
-    for expert in _runners_up(route, passage.threshold):
+    for expert in runners_up(route, passage.threshold):
         runner_up = view.by_expert.get(expert)
         if runner_up is not None and runner_up is not target:
             others.append((runner_up, "runner-up"))
@@ -152,7 +152,7 @@ def _spill(parts: Parts, passage: Passage, wait: float) -> tuple[Target, Spill] 
     return None
 
 
-def _runners_up(route: Route, threshold: float | None) -> list[str]:
+def runners_up(route: Route, threshold: float | None) -> list[str]:
     """Experts that the router would have chosen next, none that it would have abstained from."""
     if threshold is None:
         return []

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from router.types import Candidate, Route
+from server.gateway.queueing import runners_up
 from server.table import Canary, ExpertHome
 from tests.server.gateway.conftest import (
     BASE,
@@ -139,6 +141,13 @@ async def test_a_routed_request_spills_to_the_runner_up_and_says_so(house: House
     assert await house.gateway.metric(spills) == 1
     _, _, headers = await house.gateway.post(CHAT, chat("introvert", "law"))
     assert "x-introvert-spill" not in headers
+
+
+def test_a_runner_up_is_one_that_its_own_bundle_would_not_abstain_from() -> None:
+    top = (Candidate("a", 0.75), Candidate("b", 0.5), Candidate("c", 0.25))
+    route = Route("a", 0, 0.75, 0.25, False, top)
+    assert runners_up(route, 0.4) == ["b"]
+    assert runners_up(route, None) == []  # the router has gone: nobody can tell
 
 
 async def test_nothing_spills_where_that_is_off(

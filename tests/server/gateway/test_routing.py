@@ -256,7 +256,9 @@ async def test_each_bundle_is_routed_by_its_own_router(loaded: LoadedRouter) -> 
     routes = [routes[0] for routes in await asyncio.gather(*asked)]
     assert [route.expert for route in routes] == ["first", "first", "next"]
     assert {route.by for route in routes} == {"student"}
+    assert routing.threshold_of("bbb") == routing.threshold
     routing.serve({"bbb": "next"})
+    assert (routing.threshold_of("aaa"), routing.threshold_of(None)) == (None, None)
     assert places == ["", "next"]
     assert list(routing.states()) == ["bbb"]
     routing.close()
