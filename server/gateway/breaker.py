@@ -50,8 +50,13 @@ class Breaker:
         self.trial = self.trial or trial
         return trial
 
-    def failed(self, now: float) -> bool:
-        """A request got no answer; whether that opened the breaker, or kept it open."""
+    def failed(self, now: float, *, for_certain: bool = False) -> bool:
+        """A request got no answer; whether that opened the breaker, or kept it open.
+
+        Args:
+            now: the moment, in seconds.
+            for_certain: it is known that no other will get one either.
+        """
         if self.opened:
             if not self.trial:
                 return False  # it had begun before, or was tried for want of another
@@ -60,7 +65,7 @@ class Breaker:
             self.open_until = now + self._pause_s
             return True
         self._failures += 1
-        if self._failures < self._limit:
+        if self._failures < self._limit and not for_certain:
             return False
         self.opened = True
         self.open_until = now + self._pause_s
@@ -117,12 +122,13 @@ class Breakers:
         breaker = self.troubled.get(worker)
         return breaker is not None and breaker.began(self._clock())
 
-    def failed(self, worker: str) -> bool:
-        """A worker gave no answer; whether it is left alone from now on."""
+    def failed(self, worker: str, *, for_certain: bool = False) -> bool:
+        """A worker gave no answer, or `for_certain` none will come; whether it is left alone from
+        now on."""
         breaker = self.troubled.get(worker)
         if breaker is None:
             breaker = self.troubled[worker] = Breaker(self._failures, self._pause_s)
-        return breaker.failed(self._clock())
+        return breaker.failed(self._clock(), for_certain=for_certain)
 
     def answered(self, worker: str) -> bool:
         """A worker's answer has begun; whether it was left alone until now."""

@@ -226,6 +226,11 @@ class Chooser:
             homes = tuple(home for home in homes if self.breakers.allows(home.worker))
         return min((home.lane.expected_wait(target.lane_name) for home in homes), default=None)
 
+    def places(self, target: Target) -> bool:
+        """Whether some worker is to hold a target's expert, by the table in use."""
+        assert self._views is not None
+        return bool(self._views.placed_on(target))
+
     def hopeless(self, target: Target) -> bool:
         """Whether waiting for a home is in vain: all that were to hold it refused it or failed."""
         assert self._views is not None

@@ -2,12 +2,14 @@
 
 vLLM answers `{"error": {"message", "type", "param", "code"}}` with the HTTP status as `code`, and
 for `/v1/messages` an Anthropic error without `param`. What went wrong is told from the status and
-the parameter it names, never from its wording.
+the parameter it names; from its wording only that the engine behind the server is dead, which vLLM
+says in no other way.
 """
 
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Literal
 
 import msgspec
 
@@ -29,9 +31,22 @@ CODES = {
     501: "not_supported",
 }
 
+UNKNOWN_MODEL = "NotFoundError"
+"""Type of vLLM's answer about a model that it does not hold; an unknown response has another."""
+
+DEAD_ENGINE = "EngineCore encountered an issue"
+"""How vLLM's server answers for as long as it outlives its engine."""
+
+Setback = Literal["unknown-model", "dead-engine"]
+
+
+class SetbackError(Exception):
+    """The engine did not begin the request, or died before its first token: another may have it."""
+
 
 class _EngineError(msgspec.Struct):
     message: str = ""
+    type: str | None = None
     param: str | None = None
 
 
@@ -71,6 +86,25 @@ def read_engine_error(
         code = CODES.get(status, "engine_error" if status >= 500 else "invalid_request")
     type_ = "server_error" if status >= 500 else "invalid_request_error"
     return EngineAnswerError(message, status=status, code=code, type_=type_, param=param)
+
+
+def read_setback(status: int, body: bytes) -> Setback | None:
+    """What an engine's error answer says of the engine and not of the request, if it does.
+
+    Args:
+        status: HTTP status of the answer.
+        body: its body.
+    """
+    if status not in (HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR):
+        return None
+    try:
+        error = _ANSWER.decode(body).error
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if status == HTTPStatus.NOT_FOUND:
+        told = error.type == UNKNOWN_MODEL and error.param in ("model", None)
+        return "unknown-model" if told else None
+    return "dead-engine" if error.message.startswith(DEAD_ENGINE) else None
 
 
 def _is_too_long(param: str | None, call: Call, max_model_len: int | None) -> bool:

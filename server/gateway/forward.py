@@ -23,6 +23,7 @@ from server.gateway.client import (
     abort_connection,
     read_body,
 )
+from server.gateway.engine_errors import SetbackError
 from server.gateway.errors import (
     DeadlineError,
     ForbiddenModelError,
@@ -176,10 +177,10 @@ class Exchange:
         return target
 
     async def _serve(self, passage: Passage, send: Send) -> None:
-        """Hand the call to one of its homes; on to the next as long as none has seen it.
+        """Hand the call to one of its homes; on to the next as long as none has begun it.
 
-        A request that an engine has begun is not sent to another: one that kills its engine would
-        be carried from replica to replica.
+        A request that an engine has begun is not sent to another, or once if that engine said
+        itself that it died: one that kills its engine would be carried from replica to replica.
         """
         parts, observation, target = self._parts, passage.observation, passage.target
         chooser = parts.chooser
@@ -194,13 +195,20 @@ class Exchange:
                 assert target is not None
                 observation.expert = target.label
                 observation.expert_version = target.version or ""
-            if await self._ask(passage, home, ticket, send):
-                return
+            try:
+                if await self._ask(passage, home, ticket, send):
+                    return
+            except SetbackError as setback:
+                logger.info("%s: another home is asked", setback)
             tried.add(home.worker)
             observation.retries += 1
 
     async def _ask(self, passage: Passage, home: Home, ticket: Group, send: Send) -> bool:
-        """Ask one worker, whose lane has let the request in; false if it cannot be reached."""
+        """Ask one worker, whose lane has let the request in; false if it cannot be reached.
+
+        Raises:
+            SetbackError: another home is to be asked.
+        """
         parts, observation, target = self._parts, passage.observation, passage.target
         assert target is not None
         counts, breakers, worker = parts.counts, parts.chooser.breakers, home.worker
@@ -216,7 +224,7 @@ class Exchange:
         try:
             response = await self._post(passage, home)
             observation.engine_s += time.perf_counter() - began
-            if breakers.troubled:
+            if breakers.troubled and response.status < 500:  # a dead engine's server answers, too
                 parts.chooser.recovered(worker)
             try:
                 whole = await hand_back(parts, passage, response, send)

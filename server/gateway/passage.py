@@ -31,6 +31,9 @@ class Passage:
     home: Home | None = None
     patient_until: float | None = None
     """Until when it may wait for a worker; none before it has begun to wait."""
+    survived: bool = False
+    """Whether an engine that had it has died: it may have been the reason, and is not carried to a
+    third one."""
 
     @property
     def wanted(self) -> str | None:

@@ -5,17 +5,20 @@ A stream is never gathered; an error answer gets our shape. This module chooses 
 
 from __future__ import annotations
 
+import logging
 import time
 
 import aiohttp
 from starlette.types import Message, Send
 
-from server.gateway.engine_errors import read_engine_error
+from server.gateway.engine_errors import SetbackError, read_engine_error, read_setback
 from server.gateway.errors import EngineTimeoutError, GatewayError, body_of, event_of
 from server.gateway.parts import Parts
 from server.gateway.passage import Passage
 from server.gateway.protocol import NOT_RETURNED
 from server.gateway.usage import TAIL_BYTES, read_usage
+
+logger = logging.getLogger(__name__)
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -28,22 +31,23 @@ async def hand_back(
     Raises:
         EngineLostError: the connection broke before the end, and nothing has been sent.
         EngineTimeoutError: the engine was silent for too long, and nothing has been sent.
+        SetbackError: another home is to be asked, and nothing has been sent.
     """
     if response.status < 400 and response.content_type == "text/event-stream":
         return await _stream(parts, passage, response, send)
-    await _whole(parts, passage, response, send)
-    return True
+    return await _whole(parts, passage, response, send)
 
 
 async def _whole(
     parts: Parts, passage: Passage, response: aiohttp.ClientResponse, send: Send
-) -> None:
+) -> bool:
     observation, call = passage.observation, passage.call
     assert call is not None
     assert passage.lifeline is not None
     began = time.perf_counter()
     body = await parts.upstream.whole(response)
     observation.engine_s += time.perf_counter() - began
+    alive = response.status < 400 or _look_for_setback(parts, passage, response.status, body)
     passage.lifeline.unlimit()
     headers = _headers(response, passage)
     if response.status >= 400:
@@ -62,6 +66,30 @@ async def _whole(
     headers.append((b"content-length", b"%d" % len(body)))
     await _start(passage, response.status, headers, send)
     await send({"type": "http.response.body", "body": body})
+    return alive
+
+
+def _look_for_setback(parts: Parts, passage: Passage, status: int, body: bytes) -> bool:
+    """Whether the engine that sent an error answer lives.
+
+    Raises:
+        SetbackError: another home is to be asked.
+    """
+    chooser, target, worker = parts.chooser, passage.target, passage.observation.worker
+    assert target is not None
+    setback = read_setback(status, body)
+    if setback == "unknown-model" and target.expert is not None and chooser.places(target):
+        # It let the expert go, as it was told to, while the request was on its way.
+        raise SetbackError(f"{worker} does not hold {target.served_name} now")
+    if setback != "dead-engine":
+        return True
+    if chooser.breakers.failed(worker, for_certain=True):
+        logger.warning("the engine of %s is dead: it is left alone", worker)
+    if not passage.survived:
+        passage.survived = True
+        parts.metrics.upstream_failed(worker, "answer")
+        raise SetbackError(f"the engine of {worker} is dead")
+    return False
 
 
 async def _stream(

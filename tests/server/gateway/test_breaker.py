@@ -31,6 +31,14 @@ def test_it_opens_after_failures_in_a_row_only() -> None:
     assert opened().state(0.0) == "open"
 
 
+def test_it_opens_at_once_where_the_failure_is_certain() -> None:
+    breaker = Breaker(3, 1.0)
+    assert breaker.failed(0.0, for_certain=True)
+    assert breaker.state(0.0) == "open"
+    assert not breaker.failed(0.5, for_certain=True), "it is left alone already"
+    assert breaker.state(1.0) == "half-open"
+
+
 def test_one_trial_at_a_time() -> None:
     breaker = opened()
     assert not breaker.allows(0.9)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.gateway.engine_errors import read_engine_error
+from server.gateway.engine_errors import read_engine_error, read_setback
 from server.gateway.protocol import Call
 
 
@@ -80,3 +80,36 @@ def test_anthropics_shape_is_read_too() -> None:
     body = b'{"type":"error","error":{"type":"BadRequestError","message":"why"}}'
     error = read_engine_error(400, body, Call(b'{"model":"m"}'), 128)
     assert (error.message, error.code) == ("why", "invalid_request")
+
+
+def refusal(**fields: Any) -> bytes:
+    return json.dumps({"error": {"message": "why", **fields}}).encode()
+
+
+@pytest.mark.parametrize("fields", [{"param": "model"}, {"param": None}, {}])
+def test_an_engine_that_does_not_hold_the_model(fields: dict[str, Any]) -> None:
+    assert read_setback(404, refusal(type="NotFoundError", **fields)) == "unknown-model"
+
+
+def test_an_engine_that_is_dead() -> None:
+    body = refusal(
+        message="EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        type="InternalServerError",
+    )
+    assert read_setback(500, body) == "dead-engine"
+    assert read_setback(400, body) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, refusal(type="invalid_request_error", param="response_id")),
+        (404, refusal(type="NotFoundError", param="tool")),
+        (404, b'{"detail": "Not Found"}'),
+        (404, b"no JSON"),
+        (400, refusal(type="NotFoundError", param="model")),
+        (500, refusal(type="InternalServerError")),
+    ],
+)
+def test_what_says_nothing_of_the_engine(status: int, body: bytes) -> None:
+    assert read_setback(status, body) is None

@@ -335,6 +335,95 @@ async def test_no_home_can_be_reached(house: House, nowhere: str) -> None:
     assert headers["retry-after"] == "1"
 
 
+UNKNOWN_MODEL = {
+    "error": {
+        "message": "The model `x` does not exist.",
+        "type": "NotFoundError",
+        "param": "model",
+        "code": 404,
+    }
+}
+DEAD_ENGINE = {
+    "error": {
+        "message": "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        "type": "InternalServerError",
+        "param": None,
+        "code": 500,
+    }
+}
+
+
+async def _both_hold_sport(house: House) -> None:
+    await house.gateway.uses(
+        make_table(
+            2, make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [SPORT])
+        )
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_let_the_expert_go_is_no_answer(house: House, stream: bool) -> None:
+    await _both_hold_sport(house)
+    house.sport.behaviour, house.sport.error = "error", (404, UNKNOWN_MODEL)
+    for number in range(8):
+        body = json.dumps(chat("expert-0000", str(number), stream=stream))
+        async with house.gateway.http.post(house.gateway.url + CHAT, data=body) as answer:
+            await answer.read()
+            assert (answer.status, answer.headers["x-introvert-worker"]) == (200, "worker-1")
+    assert house.sport.seen, "it has been asked"
+    house.sport.behaviour = "answer"
+    house.sport.seen.clear()
+    for number in range(8):
+        await house.gateway.post(CHAT, chat("expert-0000", str(number)))
+    assert house.sport.seen, "it is not left alone for that"
+
+
+async def test_an_expert_that_went_while_the_request_was_on_its_way_is_waited_for(
+    house: House, start_gateway: StartGateway
+) -> None:
+    workers = make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [LAW])
+    gateway = await start_gateway(make_table(1, *workers), queue_timeout_s=60)
+    house.sport.behaviour, house.sport.error = "error", (404, UNKNOWN_MODEL)
+    asked = asyncio.create_task(gateway.post(CHAT, chat("expert-0000")))
+    try:
+        await house.sport.arrived.wait()
+        moved = make_worker(0, house.sport.url, []), make_worker(1, house.law.url, [SPORT, LAW])
+        gateway.tables.publish(make_table(2, *moved))
+        status, answer, headers = await asked
+    finally:
+        asked.cancel()
+    assert (status, answer["model"], headers["x-introvert-worker"]) == (200, SPORT, "worker-1")
+
+
+async def test_an_engine_that_never_has_the_expert_ends_in_no_engine(house: House) -> None:
+    house.sport.behaviour, house.sport.error = "error", (404, UNKNOWN_MODEL)
+    status, answer, _ = await house.gateway.post(CHAT, chat("expert-0000"))
+    assert (status, answer["error"]["code"]) == (503, "no_engine")
+
+
+async def test_a_dead_engine_is_left_alone_at_once(
+    house: House, start_gateway: StartGateway
+) -> None:
+    workers = (make_worker(n, e.url, [SPORT]) for n, e in enumerate((house.sport, house.law)))
+    gateway = await start_gateway(make_table(1, *workers), breaker_pause_s=600, affinity_slack=0)
+    house.sport.behaviour, house.sport.error = "error", (500, DEAD_ENGINE)
+    for number in range(200):
+        if house.sport.seen and number >= 10:
+            break
+        status, _, headers = await gateway.post(CHAT, chat("expert-0000", str(number)))
+        assert (status, headers["x-introvert-worker"]) == (200, "worker-1")
+    assert len(house.sport.seen) == 1
+
+
+async def test_a_request_that_kills_its_engine_kills_no_third_one(house: House) -> None:
+    await _both_hold_sport(house)
+    for engine in (house.sport, house.law):
+        engine.behaviour, engine.error = "error", (500, DEAD_ENGINE)
+    status, answer, _ = await house.gateway.post(CHAT, chat("expert-0000"))
+    assert (status, answer["error"]["code"]) == (500, "engine_error")
+    assert (len(house.sport.seen), len(house.law.seen)) == (1, 1)
+
+
 async def test_a_request_that_an_engine_began_is_not_sent_to_another(house: House) -> None:
     await house.gateway.uses(
         make_table(
