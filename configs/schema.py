@@ -312,7 +312,8 @@ class GatewayConfig(Section):
     max_queue: Count = 1024
     """Requests that wait for one worker at the most; more are refused with 429."""
     queue_timeout_s: PositiveFloat = 30.0
-    """Seconds a request waits for a worker, or for one to hold its expert again, before a 503."""
+    """Seconds a request waits for a worker, for one to hold its expert again, or for a router that
+    is being loaded, before a 503."""
     group_wait_s: PositiveFloat = 1.0
     """Where a worker holds more experts than slots: longest that requests for one expert wait
     while those for the experts in the slots are served."""

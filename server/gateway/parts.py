@@ -55,7 +55,11 @@ class Parts:
             seat=seat,
             chooser=Chooser(gateway, counts, seed=config.seed),
             readiness=Readiness(),
-            routing=Routing(router_source, retry_after_s=gateway.retry_after_s),
+            routing=Routing(
+                router_source,
+                retry_after_s=gateway.retry_after_s,
+                patience_s=gateway.queue_timeout_s,
+            ),
             upstream=Upstream(gateway, engine_key=seat.engine_key),
             keyring=Keyring(
                 Path(gateway.keys_file) if gateway.keys_file else None,

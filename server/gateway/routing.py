@@ -110,6 +110,8 @@ class BundleRouting:
         self._state: RouterState = "loading"
         self._detail = "the router is being loaded"
         self._found: str | None = None
+        self.tried = asyncio.Event()
+        """Set once it was loaded, could not be for the first time, or is not wanted any more."""
 
     @property
     def status(self) -> RouterStatus:
@@ -141,6 +143,8 @@ class BundleRouting:
             else:
                 self._take(loaded, embedding)
                 return
+            finally:
+                self.tried.set()
             await asyncio.sleep(wait)
             wait = min(2 * wait, RETRY_MOST_S)
 
@@ -183,9 +187,20 @@ class BundleRouting:
 class Routing:
     """The routers of the bundles that are served, or are about to be."""
 
-    def __init__(self, source: RouterSource, *, retry_after_s: int) -> None:
+    def __init__(
+        self, source: RouterSource, *, retry_after_s: int, patience_s: float = 0.0
+    ) -> None:
+        """No router yet.
+
+        Args:
+            source: of routers.
+            retry_after_s: when to come back, as those are told that cannot be routed.
+            patience_s: how long texts wait for a router that is being loaded.
+        """
         self._source = source
         self._retry_after_s = retry_after_s
+        self._patience_s = patience_s
+        self._patient = 0
         self._embedding = ThreadPoolExecutor(1, thread_name_prefix="router")
         # A router on its way must not hold up those that are used.
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="router-loading")
@@ -270,7 +285,7 @@ class Routing:
         # Before the batch, which one bad request would spoil for all in it.
         conversations = [_messages(kind, fields) for fields in requests]
         bundle = bundle or self._served
-        if bundle is None or not self.ready(bundle):
+        if bundle is None or not (self.ready(bundle) or await self._arrives(bundle)):
             raise RouterNotReadyError(
                 f"'introvert' cannot be used now: {self._status(bundle).detail}. Try again in "
                 f"{self._retry_after_s} s, or name an expert or the base.",
@@ -284,6 +299,21 @@ class Routing:
                 f"Try again in {self._retry_after_s} s, or name an expert or the base.",
                 retry_after_s=self._retry_after_s,
             ) from None
+
+    async def _arrives(self, bundle: str) -> bool:
+        """Wait for a router that is being loaded for the first time; whether it is ready then."""
+        entry = self._bundles.get(bundle)
+        if entry is None or entry.tried.is_set() or self._patient >= WAITING_REQUESTS:
+            return False
+        self._patient += 1
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await entry.tried.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._patient -= 1
+        return self.ready(bundle)
 
     def _status(self, bundle: str | None) -> RouterStatus:
         entry = self._bundles.get(bundle or "")

@@ -133,7 +133,7 @@ async def test_while_the_router_loads_explicit_models_are_answered(
     table = make_table(
         1, make_worker(0, house.sport.url, [SPORT]), make_worker(1, house.law.url, [LAW])
     )
-    gateway = await start_gateway(table, router=loads)
+    gateway = await start_gateway(table, router=loads, queue_timeout_s=0.2)
     try:
         status, answer, headers = await gateway.post("/v1/chat/completions", chat("introvert"))
         assert (status, answer["error"]["code"]) == (503, "router_not_ready")

@@ -12,12 +12,13 @@ import pytest
 from configs.manifest import BaseEntry
 from configs.schema import RouterConfig
 from expert_trainer.bundle import publish
-from expert_trainer.errors import BundleError
+from expert_trainer.errors import BundleError, NotPublishedError
 from expert_trainer.storage import Storage
 from router.conversation import Message
 from router.embedder import load_embedder
 from router.model import Router
 from router.types import Route
+from server.gateway import routing as module
 from server.gateway.errors import RouterNotReadyError, UnavailableError, UnroutableTextError
 from server.gateway.routing import LoadedRouter, Routing, router_from_bundle
 from tests.server.gateway.conftest import (
@@ -361,3 +362,66 @@ async def test_from_text_to_the_right_engine(
         "/v1/chat/completions", chat("introvert", "xkcd qwerty 0x7f zzz")
     )
     assert headers["x-introvert-expert"] == "base"
+
+
+class Slow:
+    """A source of a router that comes when it is let."""
+
+    def __init__(self, loaded: LoadedRouter | None) -> None:
+        self.loaded = loaded
+        self.comes = threading.Event()
+
+    def __call__(self, place: str) -> LoadedRouter:
+        assert self.comes.wait(60)
+        if self.loaded is None:
+            raise NotPublishedError("it is not there")
+        return self.loaded
+
+
+async def test_texts_wait_for_a_router_that_is_being_loaded(loaded: LoadedRouter) -> None:
+    source = Slow(loaded)
+    routing = Routing(source, retry_after_s=3, patience_s=60)
+    try:
+        routing.serve({loaded.bundle: ""})
+        asked = asyncio.create_task(routing.route("completions", [{"prompt": SPORTS[0]}]))
+        await asyncio.sleep(0)
+        source.comes.set()
+        (route,) = await asked
+        assert route.expert is not None
+    finally:
+        source.comes.set()
+        routing.close()
+
+
+async def test_texts_do_not_wait_for_a_router_that_cannot_be_loaded() -> None:
+    source = Slow(None)
+    routing = Routing(source, retry_after_s=3, patience_s=3600)
+    try:
+        routing.serve({"aaa": ""})
+        waiting = asyncio.create_task(routing.route("completions", [{"prompt": "a"}]))
+        await asyncio.sleep(0)
+        source.comes.set()
+        for asked in (waiting, routing.route("completions", [{"prompt": "a"}])):
+            with pytest.raises(RouterNotReadyError, match="it is not there"):
+                await asked
+    finally:
+        source.comes.set()
+        routing.close()
+
+
+async def test_texts_wait_for_a_router_only_so_long_and_only_so_many(
+    loaded: LoadedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Slow(loaded)
+    routing = Routing(source, retry_after_s=3, patience_s=0.05)
+    try:
+        routing.serve({loaded.bundle: ""})
+        with pytest.raises(RouterNotReadyError):
+            await routing.route("completions", [{"prompt": "a"}])
+        monkeypatch.setattr(module, "WAITING_REQUESTS", 0)
+        monkeypatch.setattr(routing, "_patience_s", 3600)
+        with pytest.raises(RouterNotReadyError):
+            await routing.route("completions", [{"prompt": "a"}])
+    finally:
+        source.comes.set()
+        routing.close()
