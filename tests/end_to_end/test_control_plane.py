@@ -224,7 +224,8 @@ def test_a_killed_engine_core_heals_but_for_an_adapter_swapped_meanwhile(
     after = worker(table, name)
     assert after.experts == [other.served_name]
     assert f"{victim.served_name} refused" in after.detail
-    assert table.ready_workers(victim.served_name) == []
+    # the other worker may hold it still from the test before, as it was then
+    assert name not in {entry.id for entry in table.ready_workers(victim.served_name)}
 
 
 def test_a_killed_worker_actor_takes_its_engine_along_and_heals(cluster: Cluster) -> None:
