@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,10 +45,13 @@ from expert_trainer.gathering import Gathered, gather
 from expert_trainer.places import require_places
 from expert_trainer.rendering import Renderer, RenderError
 from expert_trainer.sources import content_key, files_of
-from expert_trainer.spool import Numbers, scratch_directory
+from expert_trainer.spool import Numbers, Spool, scratch_directory
 from expert_trainer.storage import Storage
 from expert_trainer.types import Document, OnProgress, ignore
 from router.storage import RECORD_FILE
+
+if TYPE_CHECKING:
+    from router.model import Fitted, Router
 
 __all__ = [
     "FIT_FILE",
@@ -108,11 +112,14 @@ def fit(config: RunConfig, on_progress: OnProgress = ignore) -> FitSummary:
             use_gpu=clusters_on_gpu(config.router),
         )
         on_progress("clustering", 1, 1)
+        router = _taught(
+            fitted, gathered.spool, order, embedded, config=config, on_progress=on_progress
+        )
         train = Share(order[:trained], embedded.tokens[:trained], fitted.assignment)
         heldout = Share(order[trained:], embedded.tokens[trained:], fitted.heldout_assignment)
         sorted_ = scratch / SHARDS_DIR
         everywhere = sort_documents(gathered.spool, train, heldout, test, sorted_)
-        fitted.router.save(scratch / ROUTER_DIR)
+        router.save(scratch / ROUTER_DIR)
         # Whoever is interrupted from here on leaves no `fit.json`, so no fit.
         for name in (FIT_FILE, SHARDS_DIR):
             work.remove(name)
@@ -123,7 +130,7 @@ def fit(config: RunConfig, on_progress: OnProgress = ignore) -> FitSummary:
             train=train,
             heldout=heldout,
             everywhere=everywhere,
-            count=fitted.router.clusters,
+            count=router.clusters,
             on_progress=on_progress,
         )
         summary = FitSummary(
@@ -216,6 +223,37 @@ def _rendering(gathered: Gathered, config: RunConfig) -> Numbers:
             gathered.report.note(document.id, str(error))
             good[place] = False
     return gathered.test[good]
+
+
+def _taught(
+    fitted: Fitted,
+    spool: Spool,
+    order: Numbers,
+    embedded: Embedded,
+    *,
+    config: RunConfig,
+    on_progress: OnProgress,
+) -> Router:
+    """The fitted router with a student, if one is asked for and there are enough texts for it."""
+    from router.distillation import LEAST_DOCUMENTS, Texts
+
+    if not config.router.student or len(fitted.assignment) < LEAST_DOCUMENTS:
+        return fitted.router
+
+    def texts(part: slice) -> Texts:
+        numbers = order[part]
+
+        def read(rows: Numbers) -> list[str]:
+            documents = spool.documents(numbers[rows])
+            return [routed_text(document, config.router.route_on) for document in documents]
+
+        return Texts(embedded.vectors[part], read)
+
+    on_progress("distilling", 0, 1)
+    trained = len(fitted.assignment)
+    router = fitted.router.taught(texts(slice(trained)), texts(slice(trained, None)))
+    on_progress("distilling", 1, 1)
+    return router
 
 
 def _require_enough(gathered: Gathered, config: RunConfig) -> None:

@@ -1,7 +1,8 @@
-"""The score below which the router abstains, drawn from held-out text.
+"""The score below which the router abstains, and the sureness from which its student is believed.
 
-Held-out text is what the experts are meant for, so a cosine lower than all but a small share of
-it marks a text that no expert was trained for. Knows nothing of where the scores come from.
+Both are drawn from held-out text. It is what the experts are meant for, so a cosine lower than all
+but a small share of it marks a text that no expert was trained for. Knows nothing of where the
+scores come from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from router.errors import CalibrationError
 NEVER = -1.0
 """The threshold that no cosine lies below."""
 RECORDED_QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+TRIED_FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+"""Shares of texts that a floor under the estimated score may turn away."""
 
 
 class Calibration(BaseModel):
@@ -77,3 +80,84 @@ def calibrate(scores: npt.ArrayLike, quantile: float) -> Calibration:
         heldout_texts=values.size,
         score_quantiles={str(share): float(np.quantile(values, share)) for share in shares},
     )
+
+
+class Sureness(BaseModel):
+    """From when on a student is believed on one kind of text, and how often it was right then."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    confidence: float | None
+    """Least confidence; none: the student is never believed."""
+    score: float
+    """Least estimated cosine: below it, texts often have no expert."""
+    texts: int
+    """Held-out texts that both were drawn from."""
+    answered: float
+    """Share of them that the student answers."""
+    agreement: float | None
+    """Share of these answers that are the embedder's; none without an answer."""
+
+    def allows(self, confidence: float, score: float) -> bool:
+        """Whether the student is believed."""
+        return self.confidence is not None and confidence >= self.confidence and score >= self.score
+
+
+def sure_from(
+    confidences: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    agrees: npt.ArrayLike,
+    *,
+    target: float,
+    floor: float,
+) -> Sureness:
+    """The limits that let the student answer most while its agreement holds the target.
+
+    What counts is not the agreement measured but its bound: with k disagreements among n answers,
+    k + 1 + sqrt(k + 3/4), the upper limit of one standard deviation on k (Gehrels 1986, section
+    II), over n must be no more than what the target leaves. So a few lucky texts allow nothing: at
+    99% it takes 187 without any disagreement.
+
+    Args:
+        confidences: of the student, shape (N,).
+        scores: its estimates of the best cosine, shape (N,).
+        agrees: whether each of its answers is the embedder's, shape (N,).
+        target: least agreement.
+        floor: no estimate below it is believed: the threshold of abstention.
+    """
+    confidence = np.asarray(confidences, dtype=np.float64)
+    score = np.asarray(scores, dtype=np.float64)
+    right = np.asarray(agrees, dtype=np.bool_)
+    best = Sureness(confidence=None, score=floor, texts=right.size, answered=0.0, agreement=None)
+    if not right.size:
+        return best
+    floors = {floor, *(max(floor, float(np.quantile(score, share))) for share in TRIED_FLOORS)}
+    for least in sorted(floors):
+        kept = score >= least
+        count, limit = _most_answers(confidence[kept], right[kept], target)
+        if count > best.answered * right.size:
+            believed = kept & (confidence >= limit)
+            best = Sureness(
+                confidence=limit,
+                score=least,
+                texts=right.size,
+                answered=count / right.size,
+                agreement=float(right[believed].mean()),
+            )
+    return best
+
+
+def _most_answers(
+    confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], target: float
+) -> tuple[int, float]:
+    """How many of the most confident answers hold the target, and the least confident of them."""
+    order = np.argsort(-confidence, kind="stable")
+    falling = confidence[order]
+    wrong = np.cumsum(~right[order])
+    bound = (wrong + 1 + np.sqrt(wrong + 0.75)) / np.arange(1, len(order) + 1)
+    # Equal confidences are believed together or not at all.
+    last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
+    good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))
+    return (int(good[-1]) + 1, float(falling[good[-1]])) if good.size else (0, 0.0)

@@ -1,4 +1,5 @@
-"""A router on disk: `router.json` and `centroids.safetensors`, nothing pickled.
+"""A router on disk: `router.json`, `centroids.safetensors` and, with a student, its arrays in
+`student.safetensors`; nothing pickled.
 
 Knows nothing of how a router is fitted or used.
 """
@@ -7,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,13 @@ from safetensors.numpy import load_file, save_file
 
 from configs.schema import RouterConfig
 from router.calibration import Calibration
+from router.cascade import StudentRecord
 from router.errors import RouterFormatError
 
 FORMAT = 1
 RECORD_FILE = "router.json"
 CENTROIDS_FILE = "centroids.safetensors"
+STUDENT_FILE = "student.safetensors"
 CENTROIDS = "centroids"
 UNIT_TOLERANCE = 1e-3
 REMEDY = "run `introvert fit` again, or publish the bundle anew"
@@ -45,20 +49,34 @@ class RouterRecord(BaseModel):
     config: RouterConfig
     calibration: Calibration
     seed: int
+    student: StudentRecord | None = None
+    """Of the student, where it has one."""
 
 
-def write_router(directory: Path, record: RouterRecord, centroids: npt.NDArray[np.float32]) -> None:
-    """Write both files, each by rename, the record last; the same router gives the same bytes.
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""The arrays of a student by name."""
+
+
+def write_router(
+    directory: Path,
+    record: RouterRecord,
+    centroids: npt.NDArray[np.float32],
+    student: Arrays | None = None,
+) -> None:
+    """Write the files, each by rename, the record last; the same router gives the same bytes.
 
     Args:
         directory: made if missing.
         record: what goes with the centroids.
         centroids: shape (K, D), rows of unit length.
+        student: the arrays of the student whose settings the record has.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{CENTROIDS_FILE}.{os.getpid()}"
-    save_file({CENTROIDS: np.ascontiguousarray(centroids)}, temporary)
-    temporary.replace(directory / CENTROIDS_FILE)
+    _write_arrays(directory / CENTROIDS_FILE, {CENTROIDS: centroids})
+    if student is None:
+        (directory / STUDENT_FILE).unlink(missing_ok=True)
+    else:
+        _write_arrays(directory / STUDENT_FILE, student)
     temporary = directory / f".{RECORD_FILE}.{os.getpid()}"
     temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(directory / RECORD_FILE)
@@ -84,6 +102,31 @@ def read_router(directory: Path) -> tuple[RouterRecord, npt.NDArray[np.float32]]
         raise RouterFormatError(f"{directory / CENTROIDS_FILE} is damaged; {REMEDY}") from None
     _check(directory, record, centroids)
     return record, centroids
+
+
+def read_student(directory: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of the student of a router that has one.
+
+    Raises:
+        RouterFormatError: they are missing or damaged.
+    """
+    try:
+        arrays: dict[str, npt.NDArray[Any]] = load_file(directory / STUDENT_FILE)
+    except FileNotFoundError:
+        raise RouterFormatError(
+            f"no whole router in {directory}: {STUDENT_FILE} is missing; {REMEDY}"
+        ) from None
+    except OSError as error:
+        raise RouterFormatError(f"the router in {directory} cannot be read: {error}") from None
+    except SafetensorError:
+        raise RouterFormatError(f"{directory / STUDENT_FILE} is damaged; {REMEDY}") from None
+    return arrays
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+    temporary.replace(path)
 
 
 def _parse(directory: Path, content: bytes) -> RouterRecord:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from router.types import Candidate, Route
+from router.types import Candidate, Decider, Route
 from server.gateway.choice import ROUTED_MODEL
 from server.gateway.readiness import Readiness
 from server.gateway.views import View
@@ -137,6 +137,8 @@ class RouteExplanation(Answer):
     base either."""
     threshold: float | None
     """Score below which the router abstains."""
+    by: Decider
+    """What decided: `student`, whose scores are estimates, or `embedder`."""
     workers: list[str]
     """Ready workers that could answer."""
     candidates: list[RouteCandidate]
@@ -256,6 +258,7 @@ def explain_route(
         abstained=route.abstained,
         allowed=allowed is not None,
         threshold=threshold,
+        by=route.by,
         workers=[home.worker for home in target.homes],
         candidates=[_explain(candidate, view, may_ask) for candidate in route.top],
     )

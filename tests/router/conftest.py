@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -28,12 +29,14 @@ class WordEmbedder:
         self.calls.append(list(texts))
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for index, text in enumerate(texts):
-            vector = sum(self._word(word) for word in text.lower().split() or [""])
+            vector = sum(_word(word, self.dimension) for word in text.lower().split() or [""])
             vectors[index] = vector / np.linalg.norm(vector)
         return vectors
 
-    def _word(self, word: str) -> npt.NDArray[np.float64]:
-        return np.random.default_rng(zlib.crc32(word.encode())).standard_normal(self.dimension)
+
+@cache
+def _word(word: str, dimension: int) -> npt.NDArray[np.float64]:
+    return np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dimension)
 
 
 @dataclass(frozen=True)

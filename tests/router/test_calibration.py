@@ -3,11 +3,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.calibration import NEVER, Calibration, abstention_threshold, calibrate
+from router.calibration import (
+    NEVER,
+    Calibration,
+    Sureness,
+    abstention_threshold,
+    calibrate,
+    sure_from,
+)
 from router.errors import CalibrationError
 
 cosines = st.floats(-1, 1, width=32)
@@ -76,3 +84,69 @@ def test_the_record_survives_json() -> None:
 def test_without_heldout_text_there_is_nothing_to_record() -> None:
     record = calibrate([], 0.0)
     assert (record.threshold, record.heldout_texts, record.score_quantiles) == (NEVER, 0, {})
+
+
+def sure(
+    confidences: npt.ArrayLike, agrees: npt.ArrayLike, scores: npt.ArrayLike | None = None
+) -> Sureness:
+    scores = np.ones(len(np.asarray(agrees))) if scores is None else scores
+    return sure_from(confidences, scores, agrees, target=0.99, floor=0.5)
+
+
+def test_a_student_answers_as_far_as_the_target_holds() -> None:
+    right = np.ones(1000, dtype=bool)
+    right[600::2] = False
+    found = sure(np.linspace(1, 0, 1000), right)
+    assert found.confidence is not None
+    assert found.agreement is not None
+    assert 0.59 < found.answered < 0.62
+    assert found.agreement >= 0.99
+    assert found.allows(found.confidence, 0.5)
+    assert not found.allows(found.confidence, 0.49)
+    assert not found.allows(float(np.nextafter(found.confidence, 0)), 0.5)
+
+
+@pytest.mark.parametrize(("texts", "believed"), [(0, False), (186, False), (187, True)])
+def test_few_texts_prove_nothing(texts: int, believed: bool) -> None:
+    found = sure(np.linspace(1, 0.5, texts), np.ones(texts, dtype=bool))
+    assert (found.confidence is not None) == believed
+    assert found.answered == float(believed)
+    assert found.allows(1.0, 1.0) == believed
+
+
+def test_nothing_short_of_certainty_is_enough_for_a_target_of_one() -> None:
+    found = sure_from(np.ones(5000), np.ones(5000), np.ones(5000), target=1.0, floor=0.0)
+    assert found.confidence is None
+    assert found.agreement is None
+
+
+def test_equal_confidences_are_believed_together_or_not_at_all() -> None:
+    right = np.array([True] * 400 + [False] * 100)
+    assert sure(np.ones(500), right).confidence is None
+
+
+def test_a_floor_under_the_score_keeps_out_what_has_no_expert() -> None:
+    """Confidence says nothing here; it is the texts far from every cluster that go wrong."""
+    scores = np.linspace(0.5, 1, 1000)
+    found = sure(np.full(1000, 0.9), scores > 0.54, scores)
+    assert found.confidence == 0.9
+    assert 0.53 < found.score < 0.56
+    assert found.answered == pytest.approx(0.9, abs=0.02)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 600))
+def test_what_is_recorded_is_what_the_limits_do(seed: int, texts: int) -> None:
+    random = np.random.default_rng(seed)
+    confidences = random.integers(0, 50, texts) / 50
+    scores = random.random(texts)
+    right = random.random(texts) < 0.9 + 0.1 * confidences
+    found = sure(confidences, right, scores)
+    allowed = np.array(
+        [found.allows(*pair) for pair in zip(confidences, scores, strict=True)], dtype=bool
+    )
+    assert allowed.sum() == round(found.answered * texts)
+    if allowed.any():
+        assert found.agreement == pytest.approx(right[allowed].mean())
+        assert found.agreement >= 0.99
+    else:
+        assert found.agreement is None

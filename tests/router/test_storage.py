@@ -12,7 +12,15 @@ from safetensors.numpy import save_file
 from configs.schema import RouterConfig
 from router.calibration import calibrate
 from router.errors import RouterFormatError
-from router.storage import CENTROIDS_FILE, RECORD_FILE, RouterRecord, read_router, write_router
+from router.storage import (
+    CENTROIDS_FILE,
+    RECORD_FILE,
+    STUDENT_FILE,
+    RouterRecord,
+    read_router,
+    read_student,
+    write_router,
+)
 
 CENTROIDS = np.eye(3, 4, dtype=np.float32)
 RECORD = RouterRecord(
@@ -98,3 +106,36 @@ def test_centroids_under_another_name(saved: Path) -> None:
     save_file({"weights": CENTROIDS}, saved / CENTROIDS_FILE)
     with pytest.raises(RouterFormatError, match="is damaged"):
         read_router(saved)
+
+
+STUDENT = {"weights": np.arange(6, dtype=np.float32).reshape(2, 3), "keys": np.arange(3)}
+
+
+def test_a_student_lies_beside(saved: Path) -> None:
+    write_router(saved, RECORD, CENTROIDS, STUDENT)
+    found = read_student(saved)
+    assert found.keys() == STUDENT.keys()
+    for name, array in STUDENT.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
+def test_a_router_without_a_student_leaves_none_of_an_earlier_one(saved: Path) -> None:
+    write_router(saved, RECORD, CENTROIDS, STUDENT)
+    write_router(saved, RECORD, CENTROIDS)
+    assert not (saved / STUDENT_FILE).exists()
+
+
+def test_a_student_that_is_missing_or_damaged_is_named(saved: Path) -> None:
+    with pytest.raises(RouterFormatError, match=r"student\.safetensors is missing"):
+        read_student(saved)
+    (saved / STUDENT_FILE).write_bytes(b"{}")
+    with pytest.raises(RouterFormatError, match=r"student\.safetensors is damaged"):
+        read_student(saved)
+
+
+def test_a_record_of_before_there_were_students_is_read(saved: Path) -> None:
+    tree = json.loads((saved / RECORD_FILE).read_text())
+    del tree["student"]
+    (saved / RECORD_FILE).write_text(json.dumps(tree))
+    assert read_router(saved)[0].student is None

@@ -200,6 +200,7 @@ async def test_route_explains_and_generates_nothing(house: House) -> None:
         "abstained": False,
         "allowed": True,
         "threshold": 0.25,
+        "by": "embedder",
         "workers": ["worker-0"],
         "candidates": [
             {

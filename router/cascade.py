@@ -1,0 +1,165 @@
+"""A fast student before the slow embedder: which of its guesses are taken for the answer.
+
+How sure it must be was measured at fit time, for short texts and for long ones. Knows nothing of
+how a student guesses, nor of what becomes of a text that it is not sure of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from router.calibration import Sureness
+
+SHORT_CHARACTERS = 120
+"""Up to here a text is short, as questions are: there is less in it to be sure by."""
+CHARACTERS_PER_TOKEN = 5
+"""About as much of a long text as the embedder reads, without cutting it into tokens first."""
+
+
+class Guess(Protocol):
+    """What a student makes of a text."""
+
+    @property
+    def cluster(self) -> int:
+        """The likeliest cluster."""
+        ...
+
+    @property
+    def confidence(self) -> float:
+        """How sure it is of that; larger is surer."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """Estimated cosine of the text and that cluster's centroid."""
+        ...
+
+    @property
+    def scores(self) -> npt.NDArray[np.float32]:
+        """Estimated cosines with the best clusters, best first."""
+        ...
+
+    @property
+    def clusters(self) -> npt.NDArray[np.int64]:
+        """Those clusters."""
+        ...
+
+
+class Guesser(Protocol):
+    """Whatever guesses in a fraction of a millisecond what the embedder would say."""
+
+    def guess(self, text: str) -> Guess:
+        """Of one text."""
+        ...
+
+    def guess_many(self, texts: Sequence[str]) -> Sequence[Guess]:
+        """Of each text."""
+        ...
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What it has learnt."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What goes with that, as JSON takes it."""
+        ...
+
+
+class Measured(BaseModel):
+    """How a student did on one kind of held-out text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    texts: int
+    answered: float
+    """Share that it answered; the others fall through to the embedder."""
+    agreement: float | None
+    """Share of its answers that are the embedder's own; none without an answer."""
+
+
+class StudentRecord(BaseModel):
+    """The student's part of `router.json`."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    target: float
+    """Agreement that was asked for."""
+    short: Sureness
+    """Limits for texts of up to 120 characters."""
+    long: Sureness
+    """Limits for longer ones."""
+    documents: Measured
+    """On whole held-out documents."""
+    pieces: Measured
+    """On sentences and other parts of them."""
+    lead_error: float
+    """What the estimated lead of a cluster over another is off by, at the target's quantile."""
+    training_texts: int
+    """Documents and pieces that it was fitted on."""
+    settings: dict[str, Any]
+    """The student's own."""
+
+
+class Cascade:
+    """A student that answers where it is sure.
+
+    Args:
+        student: guesses.
+        record: how sure it must be.
+        max_tokens: of a text, which are all that the embedder reads.
+    """
+
+    def __init__(self, student: Guesser, record: StudentRecord, max_tokens: int) -> None:
+        self.student = student
+        self.record = record
+        self._characters = max_tokens * CHARACTERS_PER_TOKEN
+
+    def sure_guess(self, text: str) -> Guess | None:
+        """The student's guess, if it can be taken for the answer."""
+        limits = self.record.short if is_short(text) else self.record.long
+        if limits.confidence is None:
+            return None
+        guess = self.student.guess(text[: self._characters])
+        return guess if limits.allows(guess.confidence, guess.score) else None
+
+    def sure_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
+        """`sure_guess` of each text, at once."""
+        guesses = self.student.guess_many([text[: self._characters] for text in texts])
+        return [
+            guess
+            if (self.record.short if is_short(text) else self.record.long).allows(
+                guess.confidence, guess.score
+            )
+            else None
+            for text, guess in zip(texts, guesses, strict=True)
+        ]
+
+    def leads(self, guess: Guess, home: int, margin: float) -> bool | None:
+        """Whether the guessed cluster is ahead of another by more than a margin.
+
+        None where the estimates are too close to it to tell, or know nothing of that cluster.
+        """
+        (places,) = np.nonzero(guess.clusters == home)
+        if not places.size:
+            return None
+        lead = float(guess.scores[0] - guess.scores[places[0]])
+        return None if abs(lead - margin) <= self.record.lead_error else lead > margin
+
+
+def is_short(text: str) -> bool:
+    """Whether the limits for short texts hold for it."""
+    return len(text) <= SHORT_CHARACTERS
+
+
+def seen_by_student(text: str, max_tokens: int) -> str:
+    """As much of a text as the student is shown."""
+    return text[: max_tokens * CHARACTERS_PER_TOKEN]

@@ -1,0 +1,268 @@
+"""Teaching a student what the embedder would say, and measuring from when on to believe it.
+
+The student learns from documents whose vectors are there already, from short pieces of them, since
+those who ask write a sentence where a corpus has pages, and from queries made up of both; these are
+embedded for it. What it is measured on it has not learnt from. Knows nothing of how a student
+learns.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.schema import RouterConfig
+from router.calibration import sure_from
+from router.cascade import Cascade, Guess, Measured, StudentRecord, is_short, seen_by_student
+from router.embedder import Embedder
+from router.student_queries import made_up_queries
+
+logger = logging.getLogger(__name__)
+
+Vectors = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+LEAST_DOCUMENTS = 1000
+"""Below this a student would hardly ever be sure, and an embedder is fast enough for anybody who
+has no more to say."""
+MOST_DOCUMENTS = 40_000
+"""Documents to learn from."""
+MOST_PIECES, MOST_MADE_UP = 3000, 5000
+"""Pieces, and queries made up of several documents, to learn from; each has to be embedded."""
+MEASURED_DOCUMENTS, MEASURED_PIECES = 4000, 1500
+"""To measure on."""
+ENOUGH_MEASURED = 1500
+"""Fewer held-out documents than this are joined by some of the training ones..."""
+MOST_SET_ASIDE = 0.2
+"""... up to this share of them, which the student then does not learn from."""
+CUT_FROM_WORDS = 30
+"""A document of fewer words is as short as a question already."""
+SPAN_WORDS = (5, 15)
+LEAST_SENTENCE_WORDS = 3
+SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Many texts that need not be in memory, with their vectors."""
+
+    vectors: Vectors
+    """Shape (N, D), rows of unit length; may be memory-mapped."""
+    read: Callable[[Indices], list[str]]
+    """The texts of some rows, given in rising order."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Texts with their cosines with every centroid."""
+
+    texts: list[str]
+    cosines: Vectors
+    """Shape (N, K)."""
+
+    def __add__(self, other: _Sample) -> _Sample:
+        return _Sample(self.texts + other.texts, np.concatenate([self.cosines, other.cosines]))
+
+
+def distil(
+    train: Texts,
+    heldout: Texts,
+    *,
+    centroids: Vectors,
+    threshold: float,
+    embedder: Embedder,
+    config: RouterConfig,
+    seed: int,
+) -> Cascade | None:
+    """A student of the embedder; none where there are too few texts to teach it.
+
+    Deterministic for a seed. At most 9,500 short texts are embedded for it.
+
+    Args:
+        train: what the clusters were fitted on.
+        heldout: what abstention was calibrated on.
+        centroids: of the clusters, shape (K, D).
+        threshold: cosine below which the router abstains.
+        embedder: the teacher.
+        config: agreement asked for and tokens that are read.
+        seed: of every sample.
+    """
+    from router.student import Student
+
+    if len(train.vectors) < LEAST_DOCUMENTS or len(centroids) < 2:
+        return None
+    random = np.random.default_rng(seed)
+    learnt, aside = _split(len(train.vectors), len(heldout.vectors), random)
+    tested = _some(len(heldout.vectors), MEASURED_DOCUMENTS, random)
+
+    def sample(texts: Texts, rows: Indices) -> _Sample:
+        return _Sample(texts.read(rows), texts.vectors[rows] @ centroids.T)
+
+    def cut(documents: list[str], most: int) -> _Sample:
+        pieces = cut_pieces(documents, most, random)
+        return _Sample(pieces, embedder.encode(pieces) @ centroids.T)
+
+    lessons = sample(train, learnt)
+    made_up = made_up_queries(lessons.texts, MOST_MADE_UP, seed=seed)
+    lessons += cut(lessons.texts, MOST_PIECES)
+    lessons += _Sample(made_up, embedder.encode(made_up) @ centroids.T)
+    documents = sample(heldout, tested) + sample(train, aside)
+    pieces = cut(documents.texts, MEASURED_PIECES)
+    fresh = Student.fit(
+        [seen_by_student(text, config.max_tokens) for text in lessons.texts],
+        lessons.cosines,
+        seed=seed,
+    )
+    # The one that will be loaded, whose numbers have been rounded, is the one to measure.
+    student = Student.restore(fresh.arrays(), fresh.settings())
+    exam = documents + pieces
+    guesses = student.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
+    record = measure(
+        exam.texts,
+        guesses,
+        exam.cosines,
+        documents=len(documents.texts),
+        threshold=threshold,
+        target=config.agreement,
+    ).model_copy(update={"training_texts": len(lessons.texts), "settings": student.settings()})
+    _tell(record)
+    return Cascade(student, record, config.max_tokens)
+
+
+def measure(
+    texts: list[str],
+    guesses: Sequence[Guess],
+    cosines: Vectors,
+    *,
+    documents: int,
+    threshold: float,
+    target: float,
+) -> StudentRecord:
+    """From when on a student is believed, and what that comes to.
+
+    A text on which the embedder abstains counts as a disagreement, whatever is guessed.
+
+    Args:
+        texts: held out, documents first.
+        guesses: of each.
+        cosines: the embedder's, shape (N, K).
+        documents: how many of the texts are documents.
+        threshold: cosine below which the router abstains.
+        target: agreement that is asked for.
+    """
+    clusters = np.array([guess.cluster for guess in guesses], dtype=np.int64)
+    confidences = np.array([guess.confidence for guess in guesses], dtype=np.float64)
+    scores = np.array([guess.score for guess in guesses], dtype=np.float64)
+    right = (clusters == cosines.argmax(axis=1)) & (cosines.max(axis=1) >= threshold)
+    brief = np.array([is_short(text) for text in texts], dtype=np.bool_)
+    limits = {
+        kind: sure_from(
+            confidences[rows], scores[rows], right[rows], target=target, floor=threshold
+        )
+        for kind, rows in (("short", brief), ("long", ~brief))
+    }
+    sure = np.array(
+        [
+            limits["short" if short else "long"].allows(confidence, score)
+            for short, confidence, score in zip(brief, confidences, scores, strict=True)
+        ],
+        dtype=np.bool_,
+    )
+    is_document = np.arange(len(texts)) < documents
+    return StudentRecord(
+        target=target,
+        short=limits["short"],
+        long=limits["long"],
+        documents=_measured(sure, right, is_document),
+        pieces=_measured(sure, right, ~is_document),
+        lead_error=_lead_error(
+            [g for g, taken in zip(guesses, sure, strict=True) if taken], cosines[sure], target
+        ),
+        training_texts=0,
+        settings={},
+    )
+
+
+def cut_pieces(documents: list[str], most: int, random: np.random.Generator) -> list[str]:
+    """Short pieces of documents: first sentences, other sentences, spans of 5 to 15 words.
+
+    Args:
+        documents: those of fewer than 30 words are left alone.
+        most: pieces, at the most; two of a document, and more where that gives too few.
+        random: which document gives which piece.
+    """
+    long = [text for text in documents if len(text.split(None, CUT_FROM_WORDS)) > CUT_FROM_WORDS]
+    if not long:
+        return []
+    pieces: list[str] = []
+    for round_ in range(4):
+        for place in random.permutation(len(long)):
+            if len(pieces) == most:
+                return list(dict.fromkeys(pieces))
+            piece = _sentence(long[place], random) if round_ % 2 else _span(long[place], random)
+            if piece:
+                pieces.append(piece)
+    return list(dict.fromkeys(pieces))
+
+
+def _sentence(text: str, random: np.random.Generator) -> str:
+    """The first sentence, or any other as often; empty where that is no more than a heading."""
+    parts = SENTENCE_END.split(text)
+    part = parts[0 if random.random() < 0.5 else int(random.integers(len(parts)))].strip()
+    return part if len(part.split()) >= LEAST_SENTENCE_WORDS else ""
+
+
+def _span(text: str, random: np.random.Generator) -> str:
+    words = text.split()
+    length = int(random.integers(SPAN_WORDS[0], SPAN_WORDS[1] + 1))
+    start = int(random.integers(max(1, len(words) - length)))
+    return " ".join(words[start : start + length])
+
+
+def _split(train: int, heldout: int, random: np.random.Generator) -> tuple[Indices, Indices]:
+    """Training rows to learn from and to set aside, both rising."""
+    wanted = min(max(0, ENOUGH_MEASURED - heldout), int(MOST_SET_ASIDE * train))
+    chosen = random.permutation(train)[: wanted + MOST_DOCUMENTS]
+    return np.sort(chosen[wanted:]), np.sort(chosen[:wanted])
+
+
+def _some(count: int, most: int, random: np.random.Generator) -> Indices:
+    return np.sort(random.permutation(count)[:most])
+
+
+def _measured(sure: Flags, right: Flags, rows: Flags) -> Measured:
+    count, answered = int(rows.sum()), int((sure & rows).sum())
+    return Measured(
+        texts=count,
+        answered=answered / count if count else 0.0,
+        agreement=float(right[sure & rows].mean()) if answered else None,
+    )
+
+
+def _lead_error(guesses: Sequence[Guess], cosines: Vectors, target: float) -> float:
+    """What the winner's estimated lead over the runner-up is off by, at most in `target` of all."""
+    if not guesses:
+        return 0.0
+    first, second = (np.array([g.clusters[place] for g in guesses]) for place in (0, 1))
+    leads = np.array([g.scores[0] - g.scores[1] for g in guesses])
+    rows = np.arange(len(guesses))
+    true = cosines[rows, first] - cosines[rows, second]
+    return float(np.quantile(np.abs(leads - true), target))
+
+
+def _tell(record: StudentRecord) -> None:
+    for kind, found in (("documents", record.documents), ("pieces", record.pieces)):
+        agreement = "" if found.agreement is None else f", {found.agreement:.1%} as the embedder"
+        logger.info(
+            "the student answers %.1f%% of %d %s%s",
+            100 * found.answered,
+            found.texts,
+            kind,
+            agreement,
+        )

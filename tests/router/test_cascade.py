@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from configs.schema import RouterConfig
+from router.calibration import Calibration, Sureness
+from router.cascade import SHORT_CHARACTERS, Cascade, Measured, StudentRecord
+from router.conversation import Message
+from router.errors import UnroutableError
+from router.model import Router
+from router.storage import RouterRecord
+from router.types import Candidate
+
+LEAD_ERROR = 0.05
+STICKY_MARGIN = 0.2
+
+
+@dataclass(frozen=True)
+class Told:
+    """A guess made of its parts."""
+
+    confidence: float
+    scores: npt.NDArray[np.float32]
+    clusters: npt.NDArray[np.int64]
+
+    @property
+    def cluster(self) -> int:
+        return int(self.clusters[0])
+
+    @property
+    def score(self) -> float:
+        return float(self.scores[0])
+
+
+class Parrot:
+    """A student whose texts say what to guess: `CONFIDENCE SCORE-OF-0 SCORE-OF-1 ...`."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def guess(self, text: str) -> Told:
+        self.asked.append(text)
+        confidence, *scores = map(float, text.split())
+        order = np.argsort(-np.array(scores), kind="stable")
+        return Told(confidence, np.array(scores, dtype=np.float32)[order], order)
+
+    def guess_many(self, texts: Sequence[str]) -> list[Told]:
+        return [self.guess(text) for text in texts]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+class Echo:
+    """An embedder that puts every text at the second centroid."""
+
+    name = digest = "echo"
+    dimension = 2
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        self.calls.append(list(texts))
+        return np.tile(np.array([0, 1], dtype=np.float32), (len(texts), 1))
+
+
+def sureness(confidence: float | None) -> Sureness:
+    return Sureness(confidence=confidence, score=0.5, texts=1, answered=1.0, agreement=1.0)
+
+
+def make_record(short: float | None = 0.9, long: float | None = 0.9) -> StudentRecord:
+    return StudentRecord(
+        target=0.99,
+        short=sureness(short),
+        long=sureness(long),
+        documents=Measured(texts=0, answered=0.0, agreement=None),
+        pieces=Measured(texts=0, answered=0.0, agreement=None),
+        lead_error=LEAD_ERROR,
+        training_texts=1,
+        settings={},
+    )
+
+
+def make_router(
+    record: StudentRecord | None = None, **settings: Any
+) -> tuple[Router, Parrot, Echo]:
+    """A router over two clusters at right angles that abstains below 0.5."""
+    record, student, embedder = record or make_record(), Parrot(), Echo()
+    config = RouterConfig(clusters=2, sticky_margin=STICKY_MARGIN, **settings)
+    whole = RouterRecord(
+        embedder="echo",
+        embedder_digest="echo",
+        dimension=2,
+        clusters=2,
+        config=config,
+        calibration=Calibration(threshold=0.5, quantile=0.1, heldout_texts=1, score_quantiles={}),
+        seed=0,
+        student=record,
+    )
+    cascade = Cascade(student, record, config.max_tokens)
+    return Router(whole, np.eye(2, dtype=np.float32), embedder, cascade), student, embedder
+
+
+def turns(*texts: str) -> list[Message]:
+    return [Message("user", text) for text in texts]
+
+
+def test_what_the_student_is_sure_of_needs_no_embedder() -> None:
+    router, _, embedder = make_router()
+    (route,) = router.route(["0.95 0.75 0.25"])
+    assert route.by == "student"
+    assert (route.expert, route.cluster, route.abstained) == ("expert-0000", 0, False)
+    assert (route.score, route.margin) == (0.75, 0.5)
+    assert route.top == (Candidate("expert-0000", 0.75), Candidate("expert-0001", 0.25))
+    assert embedder.calls == []
+    assert router.quick_route(turns("0.95 0.75 0.25")) == route
+
+
+@pytest.mark.parametrize(
+    "text", ["0.89 0.75 0.25", "0.95 0.49 0.25"], ids=["not confident", "perhaps nobody's"]
+)
+def test_the_rest_falls_through_to_the_embedder(text: str) -> None:
+    router, _, embedder = make_router()
+    assert router.quick_route(turns(text)) is None
+    sure, unsure = router.route(["0.95 0.75 0.25", text])
+    assert (sure.by, unsure.by) == ("student", "embedder")
+    assert (sure.expert, unsure.expert) == ("expert-0000", "expert-0001")
+    assert embedder.calls == [[text]]
+
+
+def test_conversations_take_the_same_two_ways() -> None:
+    router, _, embedder = make_router()
+    routes = router.route_conversations([turns("0.1 1 0"), turns("0.95 0.75 0.25")])
+    assert [route.by for route in routes] == ["embedder", "student"]
+    assert embedder.calls == [["0.1 1 0"]]
+
+
+def test_short_and_long_texts_have_limits_of_their_own() -> None:
+    router, student, _ = make_router(make_record(short=0.99, long=0.5))
+    text = "0.95 0.75 0.25"
+    assert router.quick_route(turns(text)) is None
+    assert router.quick_route(turns(text.ljust(SHORT_CHARACTERS + 1))) is not None
+    router, student, _ = make_router(make_record(short=None, long=None))
+    assert router.quick_route(turns("1 1 0")) is None
+    assert student.asked == []
+
+
+def test_of_a_long_text_the_student_sees_the_beginning_alone() -> None:
+    router, student, _ = make_router(max_tokens=8)
+    router.quick_route(turns("0.95 0.75 0.25".ljust(100_000)))
+    router.route(["0.95 0.75 0.25".ljust(100_000)])
+    assert [len(text) for text in student.asked] == [40, 40]
+
+
+HOME = "0.95 0.9 0.6"
+
+
+@pytest.mark.parametrize(
+    ("opening", "text", "expert"),
+    [
+        (HOME, "0.95 0.8 0.6", "expert-0000"),
+        (HOME, "0.95 0.6 0.9", "expert-0001"),  # ahead by 0.3
+        (HOME, "0.95 0.6 0.7", "expert-0000"),  # by 0.1: stays
+        (HOME, "0.95 0.6 0.78", None),  # by 0.18: too near to the margin to tell
+        (HOME, "0.95 0.6 0.82", None),
+        (HOME, "0.5 0.6 0.9", None),
+        ("0.5 0.9 0.6", "0.95 0.6 0.9", None),
+    ],
+)
+def test_a_sticky_conversation_needs_both_texts_sure(
+    opening: str, text: str, expert: str | None
+) -> None:
+    router, _, _ = make_router()
+    route = router.quick_route(turns(opening, text))
+    assert (None if route is None else route.expert) == expert
+    if expert == "expert-0000" and text != "0.95 0.8 0.6":
+        assert route == router.quick_route(turns(opening))
+
+
+def test_without_sticky_the_opening_is_not_looked_at() -> None:
+    router, student, _ = make_router(sticky=False)
+    assert router.quick_route(turns("0 1 0", "0.95 0.6 0.7")) is not None
+    assert student.asked == ["0.95 0.6 0.7"]
+
+
+def test_route_on_is_respected() -> None:
+    router, student, _ = make_router(route_on="first_user")
+    assert router.quick_route(turns("0.95 0.6 0.7", "0 1 0")) is not None
+    assert student.asked == ["0.95 0.6 0.7"]
+
+
+def test_a_conversation_without_text_is_refused() -> None:
+    router, _, _ = make_router()
+    with pytest.raises(UnroutableError):
+        router.quick_route([])
+
+
+def test_a_cluster_that_the_guess_leaves_out_leads_nobody() -> None:
+    cascade = Cascade(Parrot(), make_record(), 128)
+    guess = Told(1.0, np.ones(1, np.float32), np.zeros(1, np.int64))
+    assert cascade.leads(guess, 1, 0.1) is None
