@@ -33,6 +33,9 @@ from _report import Report, parser
 from configs.schema import RouterConfig
 from deploy.output import note
 
+# This file would hide the package of the same name, which is imported where it is used.
+sys.path.remove(str(Path(__file__).resolve().parent))
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Beside the repository."""
 CLUSTERS = {"clinc": 10, "corpus": 6}
