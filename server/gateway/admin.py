@@ -18,6 +18,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
+from expert_trainer.remote import redacted
 from server.gateway.admin_answers import (
     BundleAnswer,
     BundleChange,
@@ -42,7 +43,7 @@ from server.gateway.tallies import Snapshot
 from server.gateway.tenants import bearer_of
 from server.gateway_reports import REPORT_PATH, GatewayReport, SocketError, ask, ask_all
 from server.keys import digest_of
-from server.table import CONTROL_SOCKET
+from server.table import CONTROL_SOCKET, RoutingTable
 
 CHANGE_TIMEOUT_S = 60.0
 """For the control plane to look at a bundle and say whether it begins to change to it."""
@@ -229,8 +230,18 @@ async def _status(parts: Parts, scrape: Scrape) -> StatusAnswer:
         ],
         processes_expected=parts.seat.processes,
         change=change,
-        table=parts.chooser.table,
+        table=_shown(parts.chooser.table),
     )
+
+
+def _shown(table: RoutingTable | None) -> RoutingTable | None:
+    """The table as it may be shown to whoever asks: a bundle's URL may hold a password."""
+    if table is None:
+        return None
+    canary = table.canary
+    if canary is not None:
+        canary = canary.model_copy(update={"place": redacted(canary.place)})
+    return table.model_copy(update={"place": redacted(table.place), "canary": canary})
 
 
 def _values(snapshots: list[Snapshot], name: str) -> dict[str, int]:

@@ -76,9 +76,12 @@ async def control_plane(run_dir: Path) -> AsyncIterator[Control]:
 
 
 @contextlib.asynccontextmanager
-async def gateway(seat: Seat, *, inside: bool = False, **options: Any) -> AsyncIterator[str]:
+async def gateway(
+    seat: Seat, *, inside: bool = False, place: str = "", **options: Any
+) -> AsyncIterator[str]:
     """A gateway with one worker; `inside`: as on its Unix socket."""
-    tables = FakeTables(make_table(1, make_worker(0, "http://127.0.0.1:9", [SPORT])))
+    worker = make_worker(0, "http://127.0.0.1:9", [SPORT])
+    tables = FakeTables(make_table(1, worker, place=place))
     source = LoadedRouter(FakeRouter(), "cccccccccccc")
     app = create_app(make_config(**options), tables, lambda _place: source, seat)
     async with serving(app.state.internal if inside else app) as url:
@@ -166,6 +169,14 @@ async def test_without_any_key_nothing_can_be_changed() -> None:
         status, answer, _ = await ask(url, "POST", "/admin/bundle", {"path": "x"}, KEY)
         assert status == 401
         assert "no admin key" in answer["error"]["message"]
+
+
+async def test_a_bundles_password_is_not_shown() -> None:
+    async with gateway(Seat(), place="ftp://ann:open-sesame@files/bundle") as url:
+        table = None
+        while table is None:
+            table = (await ask(url, "GET", "/admin/status"))[1]["table"]
+        assert table["place"] == "ftp://ann:***@files/bundle"
 
 
 async def test_a_dead_control_plane_is_told(tmp_path: Path) -> None:
