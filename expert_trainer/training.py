@@ -180,7 +180,12 @@ class _Run:
                 self.cards[job.id] = make_card(self.clusters[job.id], result, config)
                 self._on_event(ExpertReused(job.id, self.cards[job.id]))
         running = run_experts(
-            config, jobs, self._checkpoints, self._listen, missing=missing, keep_plan=True
+            config,
+            jobs,
+            self._checkpoints,
+            self._listen,
+            missing=missing,
+            keep_plan=selection.wanted is None,  # a chosen few are no part of the run's plan
         )
         for event in running:
             if isinstance(event, ExpertFailed):

@@ -418,7 +418,7 @@ def test_a_killed_engine_heals_while_the_other_answers(
                 assert int(answer.headers["retry-after"]) > 0
         time.sleep(0.1)
     print(f"\nhealed in {time.monotonic() - killed:.1f} s, {answered} other answers meanwhile")
-    assert answered >= 20
+    assert answered >= len((*kept, BASE))
     healed = table_of(served)["workers"][0]
     assert healed["experts"] == victim["experts"]
     assert (healed["restarts"], healed["detail"]) == (1, "")

@@ -1,5 +1,6 @@
 """`introvert train` as a user runs it: cards on stdout, exit codes, what goes wrong and resumes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,8 +53,18 @@ def cards(done: Done) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
+def ray_processes() -> set[int]:
+    """Those on this machine that are alive."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+            if "ray" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
 def test_experts_are_made_made_again_and_taken_back(config_file: Path, tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
+    before = ray_processes()
     run, report = str(config_file), tmp_path / "report.json"
     done = introvert("train", run, "--report", str(report))
     assert done.returncode == 0, done.stderr
@@ -75,8 +86,7 @@ def test_experts_are_made_made_again_and_taken_back(config_file: Path, tmp_path:
     assert introvert("experts", "withdraw", run, "expert-0001").returncode == 0
     served = [entry.id for entry in open_bundle(tmp_path / "bundle").manifest.served]
     assert served == ["expert-0000", "expert-0002"]
-    ours = {p.pid for p in psutil.process_iter() if "ray" in " ".join(p.cmdline())} - before
-    assert not ours, "processes were left behind"
+    assert not ray_processes() - before, "processes were left behind"
 
 
 def test_a_loss_that_is_no_number_ends_with_its_cause(config_file: Path) -> None:
