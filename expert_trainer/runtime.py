@@ -32,6 +32,8 @@ OBJECT_STORE_BYTES = 256 * 1024 * 1024
 SHUTDOWN_S = 10.0
 CONNECT_S = 5.0
 POLL_S = 1.0
+START_TRIES = 3
+"""Of a private Ray, which gives up on its own processes after half a minute."""
 SAY_S = 30.0
 """Seconds after which whoever waits for a node is told again."""
 DIRECTORY_PREFIX = "introvert-"
@@ -87,7 +89,7 @@ def ray_session(*, cpus: int | None = None) -> Iterator[None]:
     with _own_directory() as directory:
         try:
             with _environment(RAY_ENVIRONMENT), _on_loopback():
-                _start(directory, cpus or len(os.sched_getaffinity(0)))
+                _start_patiently(directory, cpus or len(os.sched_getaffinity(0)), before)
             with reaper(directory, _children() - before):
                 yield
         finally:
@@ -154,6 +156,29 @@ def _connect(address: str) -> None:
         ) from None
 
 
+class _SlowStartError(Exception):
+    """Ray gave its own processes up, for which it waits half a minute and no longer."""
+
+
+def _start_patiently(directory: str, cpus: int, before: set[psutil.Process]) -> None:
+    """Start a private Ray, again where it was too slow: a busy machine may take longer at first."""
+    import ray
+
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            _start(directory, cpus)
+            return
+        except _SlowStartError as error:
+            ray.shutdown()
+            _end(_children() - before)
+            if not tries_left:
+                raise PoolError(
+                    f"Ray does not start on this machine: {_first_line(error)}; it was tried "
+                    f"{START_TRIES} times; see that the machine is not overloaded"
+                ) from None
+            logger.warning("Ray's processes were too slow; they are started again")
+
+
 def _start(directory: str, cpus: int) -> None:
     import ray
 
@@ -174,6 +199,10 @@ def _start(directory: str, cpus: int) -> None:
             f"Ray does not start on this machine: {_first_line(error)}; "
             "see that there is memory and room on the temporary disk"
         ) from None
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises when its processes are too slow
+            raise
+        raise _SlowStartError(str(error)) from error
 
 
 @contextmanager

@@ -102,3 +102,26 @@ def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(PoolError, match=r"RAY_ADDRESS=127\.0\.0\.1:1"), ray_session():
         pass
+
+
+def test_a_start_that_was_too_slow_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tells it by an exception of no class of its own."""
+    slow: list[str] = []
+
+    def too_slow(**options: object) -> None:
+        slow.append(str(options["address"]))
+        if len(slow) < runtime.START_TRIES:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    runtime._start_patiently("unused", 1, children())
+    assert len(slow) == runtime.START_TRIES
+    slow[:] = []
+    monkeypatch.setattr(runtime, "START_TRIES", 1)
+    monkeypatch.setattr(runtime, "_start", raising)
+    with pytest.raises(PoolError, match=r"tried 1 times; see that .* not overloaded"):
+        runtime._start_patiently("unused", 1, children())
+
+
+def raising(*_: object) -> None:
+    raise runtime._SlowStartError("The current node timed out during startup.")
