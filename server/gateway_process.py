@@ -138,16 +138,6 @@ class GatewayProcesses:
         return _Child(number, command, descriptor, log_file=log_file, run_dir=self._run_dir)
 
 
-class GatewayProcess(GatewayProcesses):
-    """The same by the names that the cluster still uses."""
-
-    def __init__(
-        self, config: RunConfig, *, config_file: Path, table_file: Path, log_file: Path
-    ) -> None:
-        assert config_file.parent == table_file.parent, "both lie in the run directory"
-        super().__init__(config, run_dir=table_file.parent, log_dir=log_file.parent)
-
-
 class _Child:
     """One gateway process."""
 

@@ -17,16 +17,17 @@ GatewayError                      an answer that the gateway makes instead of an
 ├── BodyTooLargeError       413
 │   └── PromptTooLargeError
 ├── HeadersTooLargeError    431
-├── TooManyRequestsError    429   with Retry-After
-│   ├── RateLimitedError
-│   └── QueueFullError
+├── TryLaterError                 with Retry-After
+│   ├── TooManyRequestsError    429
+│   │   ├── RateLimitedError
+│   │   └── QueueFullError
+│   └── UnavailableError        503
+│       ├── NoEngineError
+│       ├── RouterNotReadyError
+│       ├── EngineLostError
+│       ├── ControlPlaneError
+│       └── QueueTimeoutError
 ├── EngineAnswerError       any   the engine's own refusal, in the client's dialect
-├── UnavailableError        503   with Retry-After
-│   ├── NoEngineError
-│   ├── RouterNotReadyError
-│   ├── EngineLostError
-│   ├── ControlPlaneError
-│   └── QueueTimeoutError
 ├── EngineTimeoutError      504
 ├── DeadlineError           504
 └── InternalError           500
@@ -201,12 +202,8 @@ class RequestTimeoutError(GatewayError):
     type = "invalid_request_error"
 
 
-class TooManyRequestsError(GatewayError):
-    """Refused for now, so that others, or the engines, are not overrun."""
-
-    status = 429
-    code = "too_many_requests"
-    type = "rate_limit_error"
+class TryLaterError(GatewayError):
+    """What was asked can be answered later; the answer says when to ask again."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
@@ -216,6 +213,14 @@ class TooManyRequestsError(GatewayError):
     def headers(self) -> list[tuple[bytes, bytes]]:
         """`Retry-After`, in seconds."""
         return [(b"retry-after", str(self.retry_after_s).encode())]
+
+
+class TooManyRequestsError(TryLaterError):
+    """Refused for now, so that others, or the engines, are not overrun."""
+
+    status = 429
+    code = "too_many_requests"
+    type = "rate_limit_error"
 
 
 class RateLimitedError(TooManyRequestsError):
@@ -230,21 +235,12 @@ class QueueFullError(TooManyRequestsError):
     code = "queue_full"
 
 
-class UnavailableError(GatewayError):
+class UnavailableError(TryLaterError):
     """Cannot be answered now, but soon."""
 
     status = 503
     code = "unavailable"
     type = "service_unavailable"
-
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(message)
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """`Retry-After`, in seconds."""
-        return [(b"retry-after", str(self.retry_after_s).encode())]
 
 
 class NoEngineError(UnavailableError):
