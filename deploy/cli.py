@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve = _add(commands, "serve", "bring the workers and the gateway up; Ctrl-C takes them down")
     _config(serve)
+    _batch(_add(commands, "batch", "answer a file of requests, each by its expert, none twice"))
     route = _add(commands, "route", "show which expert each text would go to")
     _config(route)
     route.add_argument("texts", metavar="TEXT", nargs="+")
@@ -177,6 +178,56 @@ def _keys(parser: argparse.ArgumentParser) -> None:
             default="keys.yaml",
             help="the file that gateway.keys_file names; default: %(default)s",
         )
+
+
+def _batch(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    parser.add_argument(
+        "--input",
+        dest="inputs",
+        metavar="PATH",
+        action="append",
+        required=True,
+        help="JSONL (also compressed) or Parquet, a glob, a directory or a URL: OpenAI's batch "
+        "format, or rows with `prompt` or `messages` (repeatable)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="answers: .jsonl or .parquet, path or URL"
+    )
+    parser.add_argument(
+        "--errors", metavar="FILE", help="error lines; default: beside the output, .errors.jsonl"
+    )
+    parser.add_argument(
+        "--url",
+        help="ask a running endpoint, at low priority, in place of engines of the job's own; its "
+        "API key is taken from INTROVERT_API_KEY",
+    )
+    parser.add_argument(
+        "--concurrency", metavar="N", type=int, default=64, help="with --url; default: %(default)s"
+    )
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="for lines that do not say")
+    parser.add_argument("--temperature", metavar="X", type=float, help="for lines that do not say")
+    parser.add_argument("--top-p", metavar="X", type=float, help="for lines that do not say")
+    parser.add_argument("--seed", metavar="N", type=int, help="for lines that do not say")
+    parser.add_argument(
+        "--default",
+        dest="defaults",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="any field of a request, for lines that do not set it; VALUE is JSON or a string "
+        "(repeatable)",
+    )
+    parser.add_argument("--in-order", action="store_true", help="write in the input's order")
+    parser.add_argument(
+        "--fast-routing",
+        action="store_true",
+        help="take the word of the router's student for every line; embed none",
+    )
+    parser.add_argument(
+        "--work", metavar="DIR", help="where the job keeps its ledger; default: beside the output"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
 
 
 def _endpoint(parser: argparse.ArgumentParser) -> None:

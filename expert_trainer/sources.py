@@ -41,12 +41,12 @@ class Row:
     """Why there are no fields."""
 
 
-def read_rows(source: str, fields: Sequence[str]) -> Iterator[Row]:
+def read_rows(source: str, fields: Sequence[str] | None) -> Iterator[Row]:
     """Rows of one file or hub data set, in a fixed order.
 
     Args:
         source: what `files_of` names, or `hub:NAME[:SPLIT]`.
-        fields: names to keep; all others are dropped unread.
+        fields: names to keep; all others are dropped unread. None: all are kept.
 
     Raises:
         CorpusError: nothing is there, or it cannot be read.
@@ -129,8 +129,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _open(source: str) -> IO[bytes]:
-    """A file, decompressed as its ending says."""
+def open_source(source: str) -> IO[bytes]:
+    """A file, decompressed as its ending says; whoever asked closes it.
+
+    Raises:
+        CorpusError: no driver knows the URL's scheme.
+        OSError: it cannot be opened.
+    """
     if is_url(source):
         filesystem, path = _filesystem(source)
         file: IO[bytes] = filesystem.open(path, "rb")
@@ -144,9 +149,9 @@ def _open(source: str) -> IO[bytes]:
     return io.BufferedReader(pa.CompressedInputStream(file, compression))
 
 
-def _read_jsonl(source: str, fields: Sequence[str]) -> Iterator[Row]:
+def _read_jsonl(source: str, fields: Sequence[str] | None) -> Iterator[Row]:
     try:
-        with _open(source) as lines:
+        with open_source(source) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _parse_line(line, f"{source}:{number}", fields)
@@ -155,7 +160,7 @@ def _read_jsonl(source: str, fields: Sequence[str]) -> Iterator[Row]:
         raise CorpusError(f"{source} cannot be read: {reason}; check the file") from None
 
 
-def _parse_line(line: bytes, where: str, fields: Sequence[str]) -> Row:
+def _parse_line(line: bytes, where: str, fields: Sequence[str] | None) -> Row:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -164,7 +169,7 @@ def _parse_line(line: bytes, where: str, fields: Sequence[str]) -> Row:
         return Row(where, None, "not a JSON object")
     if b"\\ud" in line.lower() and not _is_unicode(row):
         return Row(where, None, "half a surrogate pair, which is not text")
-    return Row(where, {name: row[name] for name in fields if name in row})
+    return Row(where, _kept(row, fields))
 
 
 def _is_unicode(row: dict[str, Any]) -> bool:
@@ -175,13 +180,14 @@ def _is_unicode(row: dict[str, Any]) -> bool:
     return True
 
 
-def _read_parquet(source: str, fields: Sequence[str]) -> Iterator[Row]:
+def _read_parquet(source: str, fields: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with _open(source) as raw, pq.ParquetFile(raw) as file:
-            columns = [name for name in file.schema_arrow.names if name in fields]
+        with open_source(source) as raw, pq.ParquetFile(raw) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in names if fields is None or name in fields]
             number = 0
             for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
                 for row in batch.to_pylist():
@@ -192,7 +198,7 @@ def _read_parquet(source: str, fields: Sequence[str]) -> Iterator[Row]:
         raise CorpusError(f"{source} cannot be read as Parquet: {reason}") from None
 
 
-def _read_hub(name: str, fields: Sequence[str]) -> Iterator[Row]:
+def _read_hub(name: str, fields: Sequence[str] | None) -> Iterator[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -200,14 +206,20 @@ def _read_hub(name: str, fields: Sequence[str]) -> Iterator[Row]:
     try:
         rows = load_dataset(repository, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
-            kept = {key: value for key, value in row.items() if key in fields}
-            yield Row(f"{HUB_PREFIX}{name}:{number}", _without_nulls(kept))
+            kept = _without_nulls(_kept(row, fields))
+            yield Row(f"{HUB_PREFIX}{name}:{number}", kept)
     except (DatasetsError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CorpusError(
             f"{HUB_PREFIX}{name}: the data set cannot be read ({reason}); "
             "check its name, its split and the network"
         ) from None
+
+
+def _kept(row: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    if fields is None:
+        return row
+    return {name: row[name] for name in fields if name in row}
 
 
 def _without_nulls(value: Any) -> Any:

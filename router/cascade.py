@@ -133,10 +133,15 @@ class Cascade:
 
     def sure_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
         """`sure_guess` of each text, at once."""
+        return self.guesses(texts, sure_only=True)
+
+    def guesses(self, texts: Sequence[str], *, sure_only: bool) -> list[Guess | None]:
+        """A guess for each text, at once; none where it is not sure enough, if that counts."""
         guesses = self.student.guess_many([text[: self._characters] for text in texts])
         return [
             guess
-            if (self.record.short if is_short(text) else self.record.long).allows(
+            if not sure_only
+            or (self.record.short if is_short(text) else self.record.long).allows(
                 guess.confidence, guess.score
             )
             else None

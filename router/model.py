@@ -259,18 +259,56 @@ class Router:
         leads = cascade.leads(now, home.cluster, config.sticky_margin)
         return None if leads is None else self._believe(now if leads else home)
 
-    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def route_conversations(
+        self, conversations: Sequence[Sequence[Message]], *, sure_only: bool = True
+    ) -> list[Route]:
         """Where each conversation goes: by the student where it is sure, else by the embedder.
 
-        Args and rules as in `embedder_routes`.
+        Many at once are guessed at a fraction of what one alone costs. Rules as in
+        `embedder_routes`.
+
+        Args:
+            conversations: of each, its messages.
+            sure_only: false takes the student's word for all, where there is a student: several
+                times as fast, and about as right as its agreement on all held-out text.
+
+        Raises:
+            UnroutableError: a conversation has no text.
         """
-        routes = [self.quick_route(messages) for messages in conversations]
+        routes = self._quick_routes(conversations, sure_only=sure_only)
         rest = iter(
             self.embedder_routes(
                 [c for c, route in zip(conversations, routes, strict=True) if route is None]
             )
         )
         return [next(rest) if route is None else route for route in routes]
+
+    def _quick_routes(
+        self, conversations: Sequence[Sequence[Message]], *, sure_only: bool
+    ) -> list[Route | None]:
+        """`quick_route` of each, with one look of the student at all texts."""
+        cascade, config = self._cascade, self._record.config
+        if cascade is None:
+            return [None] * len(conversations)
+        texts = [routing_text(messages, config.route_on) for messages in conversations]
+        openings = (
+            [opening_text(messages) for messages in conversations] if config.sticky else texts
+        )
+        unique = list(dict.fromkeys([*texts, *openings]))
+        guesses = dict(zip(unique, cascade.guesses(unique, sure_only=sure_only), strict=True))
+        found: list[Route | None] = []
+        for text, opening in zip(texts, openings, strict=True):
+            now, home = guesses[text], guesses[opening]
+            if now is None or home is None:
+                found.append(None)
+            elif home.cluster == now.cluster:
+                found.append(self._believe(now))
+            else:
+                leads = cascade.leads(now, home.cluster, config.sticky_margin)
+                if leads is None and not sure_only:
+                    leads = False  # in doubt a conversation stays where it began
+                found.append(None if leads is None else self._believe(now if leads else home))
+        return found
 
     def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         """Where each conversation goes, by the full embedder.

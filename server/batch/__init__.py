@@ -1,0 +1,1 @@
+"""Many requests at once: routed first, grouped by expert, answered once each, none lost."""

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.batch import backlog
+from server.batch.backlog import SUSPECT, Backlog
+from server.batch.ledger import Entry, Ledger
+from server.batch.types import Line
+
+
+def fill(ledger: Ledger, sizes: list[int]) -> None:
+    targets = [f"e{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    ledger.add(
+        [
+            Entry(n, 0, n, f"id-{n}", "/p", target, None, b"{}")
+            for n, target in enumerate(targets, 1)
+        ]
+    )
+
+
+def test_a_group_stays_with_its_expert_and_others_get_others(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, [6, 5, 1])
+        lines = Backlog(ledger)
+        first = lines.take("a", None, 4)
+        second = lines.take("b", None, 4)
+        assert {line.target for line in first} == {"e0"}
+        assert {line.target for line in second} == {"e1"}
+        assert [line.target for line in lines.take("a", None, 4)] == ["e0", "e0"]
+        assert lines.take("c", frozenset({"e2"}), 4)[0].target == "e2"
+        assert lines.take("c", frozenset({"e2"}), 4) == []
+
+
+def test_suspects_come_apart_in_smaller_and_smaller_blocks(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, [64])
+        lines = Backlog(ledger)
+        taken = lines.take("a", None, 64)
+        sizes = []
+        for losses in range(SUSPECT, SUSPECT + 4):
+            for line in taken:
+                line.losses = losses
+                lines.give_back(line)
+            taken = lines.take("a", None, 64)
+            sizes.append(len(taken))
+            rest = []
+            while more := lines.take("a", None, 64):
+                rest += more
+            lines.done(len(rest))
+        assert sizes == [16, 4, 1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_every_line_is_handed_out_until_it_is_over_and_once_at_a_time(
+    data: st.DataObject, sizes: list[int]
+) -> None:
+    with tempfile.TemporaryDirectory() as work, Ledger(Path(work)) as ledger:
+        fill(ledger, sizes)
+        before, backlog.FETCH = backlog.FETCH, 7
+        try:
+            lines = Backlog(ledger)
+            in_hand: dict[int, Line] = {}
+            over: set[int] = set()
+            while not lines.over:
+                group = data.draw(st.sampled_from("ab"))
+                limit = data.draw(st.integers(1, 9))
+                for line in lines.take(group, None, limit):
+                    assert line.number not in in_hand
+                    assert line.number not in over
+                    in_hand[line.number] = line
+                for number in data.draw(st.lists(st.sampled_from(sorted(in_hand)), unique=True)
+                                        if in_hand else st.just([])):  # fmt: skip
+                    line = in_hand.pop(number)
+                    if data.draw(st.integers(0, 3)) == 0 and line.losses < 5:
+                        line.losses += 1
+                        lines.give_back(line)
+                    else:
+                        over.add(number)
+                        lines.done()
+            assert over == set(range(1, sum(sizes) + 1))
+        finally:
+            backlog.FETCH = before
