@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.batch import backlog
 from server.batch.backlog import SUSPECT, Backlog
 from server.batch.ledger import Entry, Ledger
 from server.batch.types import Line
@@ -54,34 +53,42 @@ def test_suspects_come_apart_in_smaller_and_smaller_blocks(tmp_path: Path) -> No
         assert sizes == [16, 4, 1, 1]
 
 
+class Pending:
+    """A ledger as far as a backlog asks it, a few lines at a time."""
+
+    def __init__(self, targets: list[str]) -> None:
+        self._targets = targets
+
+    def remaining(self) -> dict[str, int]:
+        return Counter(self._targets)
+
+    def to_ask(self, target: str, after: int, limit: int) -> list[Line]:
+        numbers = [n for n, t in enumerate(self._targets, 1) if t == target and n > after]
+        return [Line(n, 0, n, f"id-{n}", "/p", target, b"{}", None) for n in numbers[:7]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5))
 def test_every_line_is_handed_out_until_it_is_over_and_once_at_a_time(
     data: st.DataObject, sizes: list[int]
 ) -> None:
-    with tempfile.TemporaryDirectory() as work, Ledger(Path(work)) as ledger:
-        fill(ledger, sizes)
-        before, backlog.FETCH = backlog.FETCH, 7
-        try:
-            lines = Backlog(ledger)
-            in_hand: dict[int, Line] = {}
-            over: set[int] = set()
-            while not lines.over:
-                group = data.draw(st.sampled_from("ab"))
-                limit = data.draw(st.integers(1, 9))
-                for line in lines.take(group, None, limit):
-                    assert line.number not in in_hand
-                    assert line.number not in over
-                    in_hand[line.number] = line
-                for number in data.draw(st.lists(st.sampled_from(sorted(in_hand)), unique=True)
-                                        if in_hand else st.just([])):  # fmt: skip
-                    line = in_hand.pop(number)
-                    if data.draw(st.integers(0, 3)) == 0 and line.losses < 5:
-                        line.losses += 1
-                        lines.give_back(line)
-                    else:
-                        over.add(number)
-                        lines.done()
-            assert over == set(range(1, sum(sizes) + 1))
-        finally:
-            backlog.FETCH = before
+    waiting = [f"e{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    lines = Backlog(Pending(waiting))
+    in_hand: dict[int, Line] = {}
+    over: set[int] = set()
+    while not lines.over:
+        group = data.draw(st.sampled_from("ab"))
+        for line in lines.take(group, None, data.draw(st.integers(1, 9))):
+            assert line.number not in in_hand
+            assert line.number not in over
+            in_hand[line.number] = line
+        chosen = st.lists(st.sampled_from(sorted(in_hand)), unique=True) if in_hand else st.just([])
+        for number in data.draw(chosen):
+            line = in_hand.pop(number)
+            if line.losses < 5 and data.draw(st.integers(0, 3)) == 0:
+                line.losses += 1
+                lines.give_back(line)
+            else:
+                over.add(number)
+                lines.done()
+    assert over == set(range(1, len(waiting) + 1))

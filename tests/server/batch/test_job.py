@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -77,7 +78,7 @@ async def test_an_expert_is_asked_in_one_go_before_the_next(tmp_path: Path) -> N
     backend = EchoBackend(block=10, seats=1)
     await run(spec_of(tmp_path), backend)
     targets = [target for _, target, _ in backend.asked]
-    changes = sum(a != b for a, b in zip(targets, targets[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(targets))
     assert changes == 2
 
 
