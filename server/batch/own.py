@@ -259,14 +259,10 @@ class OwnBackend:
 def _request(line: Line) -> bytes:
     model = _JSON.encode(line.target)
     comma = b"," if line.body != b"{}" else b""
-    return (
-        b'{"id":%d,"path":%s,"body":{"model":%s%s%s}'
-        % (
-            line.number,
-            _JSON.encode(line.path),
-            model,
-            comma,
-            line.body[1:],
-        )
-        + b"}"
+    return b'{"id":%d,"path":%s,"body":{"model":%s%s%s}' % (
+        line.number,
+        _JSON.encode(line.path),
+        model,
+        comma,
+        line.body[1:],
     )

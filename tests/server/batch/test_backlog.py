@@ -67,8 +67,8 @@ class Pending:
         return [Line(n, 0, n, f"id-{n}", "/p", target, b"{}", None) for n in numbers[:7]]
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data(), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4))
 def test_every_line_is_handed_out_until_it_is_over_and_once_at_a_time(
     data: st.DataObject, sizes: list[int]
 ) -> None:

@@ -16,7 +16,7 @@ from router.types import Candidate, Route
 from server.batch import own
 from server.batch.errors import BatchError, LaneLostError, LineError
 from server.batch.own import LINES_PATH, OwnBackend
-from server.batch.types import Answer, Decision, Line, Task
+from server.batch.types import Decision, Line, Task
 from server.table import RoutingTable, WorkerEntry
 
 
@@ -176,14 +176,12 @@ async def test_an_engine_that_goes_away_keeps_what_it_answered() -> None:
     async with engine(lines_answered=2) as (url, _), stand.backend as backend:
         stand.workers = [worker(0, url)]
         await backend.refresh({})
-        answers: list[Answer] = []
+        answers = backend.ask("worker-0", [line(n) for n in range(1, 6)])
+        assert [(await anext(answers)).number for _ in range(2)] == [1, 2]
         with pytest.raises(LaneLostError):
-            async for answer in backend.ask("worker-0", [line(n) for n in range(1, 6)]):
-                answers.append(answer)
-        assert [answer.number for answer in answers] == [1, 2]
+            await anext(answers)
         with pytest.raises(LaneLostError):
-            async for _ in backend.ask("worker-9", [line(1)]):
-                pass
+            await anext(backend.ask("worker-9", [line(1)]))
 
 
 async def test_the_control_plane_is_told_what_is_left() -> None:
