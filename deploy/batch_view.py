@@ -23,6 +23,7 @@ EXPERTS = 8
 LOG_S = 10.0
 WORDS = {
     "reading": "reading and routing",
+    "starting": "waiting for engines",
     "answering": "answering",
     "writing": "writing",
     "done": "done",

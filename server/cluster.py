@@ -9,13 +9,8 @@ Knows nothing of the command line, nor of what any of these processes does insid
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +24,10 @@ from server.control_process import ControlProcess
 from server.engine import check_engine_args
 from server.errors import EngineFailedError, NotReadyError, PortTakenError, ServingConfigError
 from server.gateway_process import GatewayProcesses
+from server.lodging import keep, make_run_dir
 from server.process import is_free
 from server.table import ENGINE_KEY_FILE, TABLE_FILE, RoutingTable, read_table
 
-log = logging.getLogger(__name__)
-
-KEEP_S = 0.25
-"""Seconds between two looks at the processes."""
 WAIT_POLL_S = 0.1
 
 
@@ -76,18 +68,17 @@ class Cluster:
         check_base(bundle, resolve_base(self._config.base))
         check_engine_args(self._config.serving)
         with ExitStack() as stack:
-            run_dir = self._make_run_dir(stack)
+            run_dir = make_run_dir(self._config, stack)
             self._table_file = run_dir / TABLE_FILE
-            make_key(run_dir / ENGINE_KEY_FILE)
             self._control = ControlProcess(self._config, run_dir=run_dir, log_dir=self._log_dir)
             stack.callback(self._control.stop)
             self._control.start()
             self._gateway = GatewayProcesses(self._config, run_dir=run_dir, log_dir=self._log_dir)
             stack.callback(self._gateway.stop)
             self._gateway.start()
-            self._keep(stack, "gateway keeper", self._gateway.revive)
-            control = self._control
-            self._keep(stack, "control keeper", lambda: control.revive(self._ending.is_set))
+            control, ending = self._control, self._ending
+            keep(stack, "gateway keeper", self._gateway.revive, ending)
+            keep(stack, "control keeper", lambda: control.revive(ending.is_set), ending)
             self._resources = stack.pop_all()
         return self
 
@@ -152,38 +143,9 @@ class Cluster:
             waiting.append(reason)
         return waiting
 
-    def _make_run_dir(self, stack: ExitStack) -> Path:
-        run_dir = (self._config.bundle.scratch / f"serving-{os.getpid()}").resolve()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run_dir.chmod(0o700)  # the config in it may hold a URL's password
-        stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
-        return run_dir
-
     @property
     def _log_dir(self) -> Path:
         return (self._config.bundle.scratch / "logs").resolve()
-
-    def _keep(self, stack: ExitStack, name: str, look: Callable[[], None]) -> None:
-        """Have a thread look after some processes, until the end."""
-
-        def keep() -> None:
-            while not self._ending.wait(KEEP_S):
-                try:
-                    look()
-                except OSError as error:  # a full disk, no process to be had: it may pass
-                    log.error("%s: %s", name, error)
-
-        thread = threading.Thread(target=keep, name=name, daemon=True)
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(self._ending.set)
-
-
-def make_key(path: Path) -> None:
-    """Write a new secret to a file that only its owner can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(32))
 
 
 def check_port(config: RunConfig) -> None:

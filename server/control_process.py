@@ -38,14 +38,18 @@ STEADY_S = 60.0
 class ControlProcess:
     """The control plane, from `start` to `stop`."""
 
-    def __init__(self, config: RunConfig, *, run_dir: Path, log_dir: Path) -> None:
+    def __init__(
+        self, config: RunConfig, *, run_dir: Path, log_dir: Path, offline: bool = False
+    ) -> None:
         """Describe it; nothing is started yet.
 
         Args:
             config: the run.
             run_dir: where it writes the table and what it remembers; the config is written there.
             log_dir: both processes' standard errors are appended to files here.
+            offline: whether the engines are a batch's.
         """
+        self._offline = offline
         self._config = config
         self._run_dir = run_dir
         self._session = Child(SESSION, log_dir / "ray.log")
@@ -79,6 +83,8 @@ class ControlProcess:
         config_file = self._run_dir / "control-config.json"
         config_file.write_text(self._config.model_dump_json(), encoding="utf-8")
         files = ["--config", str(config_file), "--run-dir", str(self._run_dir)]
+        if self._offline:
+            files.append("--offline")
         self._control.start(files, environment)
         self._control.fact()
         self._started = time.monotonic()

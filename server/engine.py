@@ -21,6 +21,9 @@ from server.errors import ServingConfigError
 
 ENGINE = "vllm"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+OFFLINE_MODULE = "server.engine_host"
+LINES = f"{OFFLINE_MODULE}.BatchLines"
+"""Import path of the middleware that takes many requests in one call."""
 DOOR = f"{EngineDoor.__module__}.{EngineDoor.__name__}"
 """Import path of the middleware that asks for the key."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -116,6 +119,7 @@ def build_command(
     host: str,
     port: int,
     api_key: str | None = None,
+    offline: bool = False,
 ) -> EngineCommand:
     """The command that starts an engine.
 
@@ -131,6 +135,7 @@ def build_command(
         port: a free one.
         api_key: what its callers must show; travels in the environment, for a
             command line is there for everybody to read.
+        offline: whether it is a batch's (see `server.engine_host`).
 
     Raises:
         ServingConfigError: `serving.engine_args` sets a flag of ours.
@@ -145,6 +150,7 @@ def build_command(
         "trust-remote-code": base.trust_remote_code or None,
         "max-model-len": serving.max_model_len,
         "disable-uvicorn-access-log": True,
+        "disable-log-stats": offline or None,
         **(_lora_flags(room) if room else {}),
         **(_gpu_flags(base, serving, devices) if devices.gpus else _cpu_flags(base, devices)),
     }
@@ -160,8 +166,10 @@ def build_command(
         KEY_VARIABLE: api_key or "",
     }
     # the flag adds to the middleware that a config asks for, and the last one stands outermost
+    lines = ("--middleware", LINES) if offline else ()
     door = ("--middleware", DOOR) if api_key else ()
-    argv = (sys.executable, "-m", SERVER_MODULE, *_render(flags), *door)
+    module = OFFLINE_MODULE if offline else SERVER_MODULE
+    argv = (sys.executable, "-m", module, *_render(flags), *lines, *door)
     return EngineCommand(argv=argv, env=env, cores=devices.cores)
 
 

@@ -47,6 +47,8 @@ class EngineSettings:
     log_dir: Path
     api_key: str | None = field(default=None, repr=False)
     """What engines ask of their callers; none: nothing."""
+    offline: bool = False
+    """Whether they are a batch's."""
 
 
 class Worker:
@@ -116,6 +118,7 @@ class Worker:
             host=host,
             port=port,
             api_key=self._settings.api_key,
+            offline=self._settings.offline,
         )
 
     def _idle(self) -> WorkerEntry:

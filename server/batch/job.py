@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from expert_trainer.storage import is_url
-from server.batch.dispatch import Dispatcher
+from server.batch.dispatch import LOOK_S, Dispatcher
 from server.batch.errors import BatchError
 from server.batch.intake import Intake
 from server.batch.ledger import Ledger
@@ -94,6 +94,10 @@ class _Run:
         """All phases; what is done already is not done again."""
         with self._timed("reading"):
             await self._intake.run(self._tell, cancelled)
+        with self._timed("starting"):
+            while self._ledger.remaining() and not (self._backend.seats or cancelled.is_set()):
+                await self._backend.refresh(self._ledger.remaining())
+                await asyncio.sleep(LOOK_S)
         with self._timed("answering"):
             if not cancelled.is_set():
                 self._totals, self._left = self._ledger.totals(), self._ledger.remaining()

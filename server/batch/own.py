@@ -23,11 +23,11 @@ from router.types import Route
 from server.batch.errors import BatchError, LaneLostError, LineError
 from server.batch.requests import ROUTE_PATH
 from server.batch.types import ROUTED_MODEL, Answer, Decision, Line, Seat, Task
+from server.engine_host import LINES_PATH
 from server.table import RoutingTable
 
 logger = logging.getLogger(__name__)
 
-LINES_PATH = "/batch/lines"
 BLOCK = 128
 """Lines that one seat has in an engine at once."""
 SEATS = 3

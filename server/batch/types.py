@@ -16,7 +16,7 @@ from server.batch.errors import LineError
 ROUTED_MODEL = "introvert"
 """The model name that has a line routed by meaning."""
 
-Phase = Literal["reading", "answering", "writing", "done"]
+Phase = Literal["reading", "starting", "answering", "writing", "done"]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def main() -> int:
     config = RunConfig.model_validate_json(arguments.config.read_bytes())
     try:
         with ray_session():
-            asyncio.run(_run(config, arguments.run_dir))
+            asyncio.run(_run(config, arguments.run_dir, offline=arguments.offline))
     except IntrovertError as error:
         logger.error("%s", error)
         _tell({"error": str(error), "exit_code": error.exit_code})
@@ -53,7 +53,7 @@ def main() -> int:
     return 0
 
 
-async def _run(config: RunConfig, run_dir: Path) -> None:
+async def _run(config: RunConfig, run_dir: Path, *, offline: bool) -> None:
     from server.control.api import create_app, listening
     from server.control.plane import ControlPlane
     from server.control.publisher import Publisher
@@ -63,7 +63,7 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, over.set)
     threading.Thread(target=_await_end_of_input, args=(loop, over.set), daemon=True).start()
-    plane = ControlPlane(config, run_dir)
+    plane = ControlPlane(config, run_dir, offline=offline)
     publisher: Publisher | None = None
     alone = plane.is_first  # nobody goes on from where it fails
     try:
@@ -72,7 +72,7 @@ async def _run(config: RunConfig, run_dir: Path) -> None:
         alone = False
         gather = partial(gather_reports, run_dir)
         publisher = Publisher(plane, config, gather, plane.last_change)
-        async with listening(create_app(publisher), run_dir / CONTROL_SOCKET):
+        async with listening(create_app(publisher, plane.demand), run_dir / CONTROL_SOCKET):
             _tell({"ready": plane.table.version})
             await _unless(over, _keep(plane, gather))
     finally:
@@ -122,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m server.control", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a RunConfig as JSON")
     parser.add_argument("--run-dir", type=Path, required=True, help="where the table is written")
+    parser.add_argument("--offline", action="store_true", help="the engines are a batch's")
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
     POST /bundle {"path": …, "canary": share or null}    GET /bundle
     POST /bundle/promote                                 POST /bundle/abort
+    POST /demand {"rates": {expert id: engine seconds per second}}
 
 Knows nothing of keys: who may reach it is the gateways' affair, and the directory's permissions.
 """
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.control.errors import BadChangeError, ChangeError
 from server.control.publisher import Publisher
 from server.sockets import listen_at
 
+Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -33,15 +35,22 @@ class PublishRequest(BaseModel):
     canary: float | None = None
 
 
-def create_app(publisher: Publisher) -> web.Application:
-    """The application; `publisher` does the work."""
+class DemandRequest(BaseModel):
+    """Body of `POST /demand`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rates: dict[str, Annotated[float, Field(ge=0)]]
+
+
+Demand = Callable[[Mapping[str, float]], Awaitable[None]]
+
+
+def create_app(publisher: Publisher, demand: Demand) -> web.Application:
+    """The application; `publisher` changes bundles, `demand` is told what will be asked for."""
 
     async def begin(request: web.Request) -> web.Response:
-        try:
-            asked = PublishRequest.model_validate_json(await request.read())
-        except ValidationError as error:
-            where = ", ".join(".".join(map(str, e["loc"])) or "body" for e in error.errors())
-            raise BadChangeError(f"the body is not what it should be: {where}") from None
+        asked = await _body(request, PublishRequest)
         return web.json_response(publisher.begin(asked.path, asked.canary).model_dump(), status=202)
 
     async def tell(request: web.Request) -> web.Response:
@@ -53,9 +62,14 @@ def create_app(publisher: Publisher) -> web.Application:
     async def abort(request: web.Request) -> web.Response:
         return web.json_response(publisher.abort().model_dump(), status=202)
 
+    async def expect(request: web.Request) -> web.Response:
+        await demand((await _body(request, DemandRequest)).rates)
+        return web.json_response({})
+
     app = web.Application(middlewares=[_errors])
     app.router.add_post("/bundle", begin)
     app.router.add_get("/bundle", tell)
+    app.router.add_post("/demand", expect)
     app.router.add_post("/bundle/promote", promote)
     app.router.add_post("/bundle/abort", abort)
     return app
@@ -71,6 +85,14 @@ async def listening(app: web.Application, socket: Path) -> AsyncIterator[None]:
         yield
     finally:
         await runner.cleanup()
+
+
+async def _body(request: web.Request, kind: type[Body]) -> Body:
+    try:
+        return kind.model_validate_json(await request.read())
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, e["loc"])) or "body" for e in error.errors())
+        raise BadChangeError(f"the body is not what it should be: {where}") from None
 
 
 @web.middleware

@@ -42,12 +42,13 @@ SETTLE_S = 5.0
 class ControlPlane:
     """Controller and workers, from `begin` to `end`, inside a Ray session."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, *, offline: bool = False) -> None:
         """Describe it; nothing is started or looked for yet.
 
         Args:
             config: the run.
             run_dir: where the table is written, and what the next control process needs.
+            offline: whether the engines are a batch's.
         """
         self.config = config
         self.base = resolve_base(config.base)
@@ -71,6 +72,7 @@ class ControlPlane:
                 serving=config.serving,
                 log_dir=(config.bundle.scratch / "logs").resolve(),
                 api_key=(run_dir / ENGINE_KEY_FILE).read_text(encoding="utf-8").strip(),
+                offline=offline,
             ),
         )
 

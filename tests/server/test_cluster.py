@@ -10,7 +10,7 @@ import pytest
 
 from configs.schema import RunConfig
 from expert_trainer.errors import NotPublishedError
-from server.cluster import Cluster, check_port, make_key
+from server.cluster import Cluster, check_port
 from server.errors import PortTakenError, ServingConfigError
 
 
@@ -50,13 +50,3 @@ def test_without_a_bundle_nothing_is_started(tmp_path: Path) -> None:
     with pytest.raises(NotPublishedError, match="run `introvert train` first"):
         Cluster(config(tmp_path, gateway={"port": 0})).__enter__()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
-    keys = set()
-    for name in ("a", "b"):
-        make_key(tmp_path / name)
-        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
-        keys.add((tmp_path / name).read_text())
-    assert len(keys) == 2
-    assert min(map(len, keys)) > 40

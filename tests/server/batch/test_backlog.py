@@ -82,7 +82,11 @@ def test_every_line_is_handed_out_until_it_is_over_and_once_at_a_time(
             assert line.number not in in_hand
             assert line.number not in over
             in_hand[line.number] = line
-        chosen = st.lists(st.sampled_from(sorted(in_hand)), unique=True) if in_hand else st.just([])
+        chosen = (
+            st.lists(st.sampled_from(sorted(in_hand)), unique=True, min_size=1)
+            if in_hand
+            else st.just([])
+        )
         for number in data.draw(chosen):
             line = in_hand.pop(number)
             if line.losses < 5 and data.draw(st.integers(0, 3)) == 0:

@@ -15,8 +15,9 @@ from router.conversation import Message
 from router.types import Candidate, Route
 from server.batch import own
 from server.batch.errors import BatchError, LaneLostError, LineError
-from server.batch.own import LINES_PATH, OwnBackend
+from server.batch.own import OwnBackend
 from server.batch.types import Decision, Line, Task
+from server.engine_host import LINES_PATH
 from server.table import RoutingTable, WorkerEntry
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,22 @@ from tests.server.fake_workers import following
 
 
 @pytest.fixture
-async def session(publisher: Publisher, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
+def told() -> list[dict[str, float]]:
+    """What the control plane is told of demand."""
+    return []
+
+
+@pytest.fixture
+async def session(
+    publisher: Publisher, tmp_path: Path, told: list[dict[str, float]]
+) -> AsyncIterator[aiohttp.ClientSession]:
     path = tmp_path / "control.sock"
     path.touch()  # as a control process that was killed leaves it
-    async with listening(create_app(publisher), path):
+
+    async def demand(rates: Mapping[str, float]) -> None:
+        told.append(dict(rates))
+
+    async with listening(create_app(publisher, demand), path):
         assert path.stat().st_mode & 0o777 == 0o600
         with reachable(path) as address:
             async with aiohttp.ClientSession(
@@ -68,3 +80,15 @@ async def test_refusals_have_a_status_and_a_code(
     found, refusal = await answer(await session.post(route, json=body))
     assert (found, refusal["error"]["code"]) == (status, code)
     assert set(refusal["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_demand_is_told_and_looked_at_first(
+    session: aiohttp.ClientSession, told: list[dict[str, float]]
+) -> None:
+    status, _ = await answer(await session.post("/demand", json={"rates": {"expert-0001": 0.5}}))
+    assert status == 200
+    for rates in ({"expert-0001": -1}, {"expert-0001": "much"}, None):
+        status, refusal = await answer(await session.post("/demand", json={"rates": rates}))
+        assert status == 400
+        assert "rates" in refusal["error"]["message"]
+    assert told == [{"expert-0001": 0.5}]
