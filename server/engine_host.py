@@ -239,21 +239,24 @@ def compute_in_process() -> None:
         async def abort_requests_async(self, request_ids: list[str]) -> None:
             self.abort_requests(request_ids)
 
-        def __getattr__(self, name: str) -> Any:
-            """Everything else takes no time worth waiting for."""
-            if not name.endswith("_async"):
-                raise AttributeError(name)
-            now = getattr(self, name.removesuffix("_async"))
-
-            async def later(*args: Any, **kwargs: Any) -> Any:
-                return now(*args, **kwargs)
-
-            return later
+    for name in dir(EngineCoreClient):
+        now = getattr(InprocClient, name.removesuffix("_async"), None)
+        if name.endswith("_async") and name not in vars(Stepping) and now is not None:
+            setattr(Stepping, name, _at_once(now))
 
     def make(*, vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
         return Stepping(vllm_config, executor_class, log_stats)
 
     EngineCoreClient.make_async_mp_client = staticmethod(make)  # type: ignore[method-assign]
+
+
+def _at_once(call: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    """What takes no time worth waiting for, as something to be awaited."""
+
+    async def called(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return called
 
 
 def main() -> None:
