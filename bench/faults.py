@@ -282,7 +282,8 @@ def three_nodes() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     mark = uuid.uuid4().hex
-    os.environ[MARK] = mark
+    # for the nodes, which inherit it; as in deploy/ray-cluster.yaml
+    os.environ |= {MARK: mark, "RAY_worker_niceness": "0"}
     room = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**room, "num_cpus": 0})
     try:

@@ -28,6 +28,7 @@ def two_nodes(
     """A Ray cluster whose head has no room and whose two other nodes have room for a worker."""
     from ray.cluster_utils import Cluster as RayCluster
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as in deploy/ray-cluster.yaml
     room = {"object_store_memory": 100 * 2**20}
     ray = RayCluster(initialize_head=True, head_node_args={**room, "num_cpus": 0})
     try:
