@@ -24,7 +24,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +45,9 @@ BEFORE_S = 3.0
 """Load before the kill, and after full service."""
 STEADY_S = 2.0
 """For so long must all be well before it counts as full service."""
-LONGEST_S = 150.0
-QUEUE_S = 120.0
+LONGEST_S = 300.0
+"""For all engines to be started at once on a machine that has other work."""
+QUEUE_S = LONGEST_S
 """How long the gateway keeps a request whose only engine is away."""
 
 
@@ -60,6 +61,10 @@ class Part:
     """Whether requests are in its hands, so that those under way go down with it."""
     returns: bool = True
     """Whether something starts it again."""
+    takes_engines: bool = False
+    """Whether all engines end with it, which have a moment to do so and answer until then."""
+    below: bool = False
+    """Whether all that it started dies in the same moment, as on a machine that is lost."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,10 @@ PARTS = (
     Part("engine_core", matching("EngineCore"), holds_requests=True),
     Part("engine_server", engine_servers, holds_requests=True),
     Part("worker", matching("ray::Worker"), holds_requests=True),
-    Part("ray_head", matching("gcs_server"), holds_requests=True),
-    Part("ray_session", module("server.control.session"), holds_requests=True),
+    Part("ray_head", matching("gcs_server"), holds_requests=True, takes_engines=True),
+    Part("ray_session", module("server.control.session"), holds_requests=True, takes_engines=True),
 )
-NODE = Part("ray_node", nodes_with_engines, holds_requests=True, returns=False)
+NODE = Part("ray_node", nodes_with_engines, holds_requests=True, returns=False, below=True)
 QUICK = ("gateway", "control", "controller", "engine_core")
 
 
@@ -194,24 +199,39 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-async def kill(service: Served, part: Part, workers: int) -> tuple[float, float | None]:
-    """When the part was killed, and the seconds to full service; none: not within the limit."""
+@dataclass(frozen=True)
+class Death:
+    """What became of a part that was killed."""
+
+    killed: float
+    gone: float
+    """When it had ended, and what ends with it: a large process takes a moment, in which its
+    connections still take what is sent."""
+    full_service_s: float | None
+    """Since the kill; none: not within the limit."""
+
+
+async def kill(service: Served, part: Part, workers: int) -> Death:
     there = await asyncio.to_thread(part.find, service)
     victim = there[0]
+    victims = [victim, *(victim.children(recursive=True) if part.below else [])]
+    taken = await asyncio.to_thread(engine_servers, service) if part.takes_engines else []
     note(f"killing {part.key}: {victim.pid} of {[p.pid for p in there]}")
-    victim.send_signal(signal.SIGKILL)
-    # a large process takes a moment to end, in which its connections still take what is sent
-    while alive(victim):  # noqa: ASYNC110 - processes have no event for it
-        await asyncio.sleep(0.002)
     killed = time.monotonic()
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    while any(map(alive, (*victims, *taken))):  # noqa: ASYNC110 - processes have no event for it
+        await asyncio.sleep(0.002)
+    gone = time.monotonic()
     steady = None
     while time.monotonic() - killed < LONGEST_S:
         await asyncio.sleep(0.2)
         good = await asyncio.to_thread(well, service, part, victim.pid, len(there), workers)
         steady = (steady or time.monotonic()) if good else None
         if steady and time.monotonic() - steady >= STEADY_S:
-            return killed, steady - killed
-    return killed, None
+            return Death(killed, gone, steady - killed)
+    return Death(killed, gone, None)
 
 
 async def run(service: Served, parts: Sequence[Part], report: Report) -> list[list[object]]:
@@ -227,10 +247,10 @@ async def run(service: Served, parts: Sequence[Part], report: Report) -> list[li
                 continue
             await asyncio.sleep(BEFORE_S)
             first = len(traffic.asked)
-            killed, took = await kill(service, part, workers)
+            death = await kill(service, part, workers)
             await asyncio.sleep(BEFORE_S)
-            rows.append(judge(report, part, traffic.asked[first:], killed, took))
-            if took is None:
+            rows.append(judge(report, part, traffic.asked[first:], death))
+            if death.full_service_s is None:
                 note(f"{part.key} did not come back in {LONGEST_S:.0f} s; the rest is left out")
                 break
         traffic.over = True
@@ -238,11 +258,10 @@ async def run(service: Served, parts: Sequence[Part], report: Report) -> list[li
     return rows
 
 
-def judge(
-    report: Report, part: Part, asked: Sequence[Asked], killed: float, took: float | None
-) -> list[object]:
+def judge(report: Report, part: Part, asked: Sequence[Asked], death: Death) -> list[object]:
+    killed, took = death.killed, death.full_service_s
     lost = [a for a in asked if a.fault]
-    under_way = [a for a in lost if part.holds_requests and a.began <= killed]
+    under_way = [a for a in lost if part.holds_requests and a.began <= death.gone]
     beyond = len(lost) - len(under_way)
     for a in lost:
         note(f"  {a.began - killed:+7.2f} s to {a.ended - killed:+7.2f} s: {a.fault[:240]}")
@@ -263,7 +282,8 @@ def three_nodes() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     mark = uuid.uuid4().hex
-    os.environ[MARK] = mark
+    # for the nodes, which inherit it; as in deploy/ray-cluster.yaml
+    os.environ |= {MARK: mark, "RAY_worker_niceness": "0"}
     room = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**room, "num_cpus": 0})
     try:

@@ -4,9 +4,10 @@ Two bundles with the same base and router and with different experts are publish
 `POST /admin/bundle`, every other time by way of a canary, as fast as one change follows another,
 while clients ask experts by name and by meaning. What each version of each expert answers to each
 question was computed beforehand by transformers and peft, greedily; only questions are asked for
-which no version is near a tie. An answer is wrong when its tokens are not those of the version in
-its header, when body and header name different versions, or when another expert than the one asked
-for answers; it is failed when its status is not 200 or its connection breaks.
+which no version is near a tie and no two answer alike. An answer is wrong when its tokens are not
+those of the version in its header, when body and header name different versions, or when another
+expert than the one asked for answers; it is failed when its status is not 200 or its connection
+breaks.
 
     .venv/bin/python bench/hot_change.py [--quick] [--responses 10000] [--report FILE]
 """
@@ -112,7 +113,8 @@ def manifest_of(place: Path) -> BundleManifest:
 
 
 def expected_answers(world: World, places: list[Path]) -> Expected:
-    """Greedy answers of every expert of the bundles, where none is near a tie."""
+    """Greedy answers of every expert of the bundles, where none is near a tie and no two are the
+    same."""
     from peft import PeftModel
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -128,6 +130,10 @@ def expected_answers(world: World, places: list[Path]) -> Expected:
                 found[entry.served_name, prompt] = tokens
                 if lead < CLEAR:
                     unclear.add(prompt)
+    for prompt in PROMPTS:
+        answers = [tuple(tokens) for (_, asked), tokens in found.items() if asked == prompt]
+        if len(set(answers)) < len(answers):
+            unclear.add(prompt)
     return {key: tokens for key, tokens in found.items() if key[1] not in unclear}
 
 

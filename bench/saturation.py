@@ -3,7 +3,8 @@
 Both ways take the same requests: so many at once that the engines are never idle, each engine's
 share fixed by the experts that are asked for, the answers of the same lengths. Client,
 gateway and engines share the machine's cores; where these are no more than the engines', what the
-gateway uses is taken from the engines, which on a GPU it is not.
+gateway uses is taken from the engines, which on a GPU it is not. So its use of the processor is
+told, too.
 
     .venv/bin/python bench/saturation.py [--quick] [--report FILE]
 """
@@ -48,6 +49,8 @@ class Seen:
 
     tokens_per_s: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
+    gateway_core: list[float] = field(default_factory=list)
+    """Share of a core that the gateway used."""
     failed: int = 0
 
 
@@ -136,6 +139,22 @@ def asks_of(service: Served) -> tuple[list[Ask], list[Ask]]:
     return through, straight
 
 
+class Processor:
+    """What the gateway's processes have used of it."""
+
+    def __init__(self, service: Served) -> None:
+        """From now on."""
+        self._gateways = [p for p in service.processes() if "server.gateway" in p.cmdline()]
+        self._began, self._used = time.perf_counter(), self._seconds()
+
+    def share(self) -> float:
+        """Of a core, since the beginning."""
+        return (self._seconds() - self._used) / (time.perf_counter() - self._began)
+
+    def _seconds(self) -> float:
+        return sum(p.cpu_times().user + p.cpu_times().system for p in self._gateways)
+
+
 def measure(service: Served, turns: int, seconds: float) -> dict[tuple[str, bool], Seen]:
     through, straight = asks_of(service)
     found = {(way, stream): Seen() for way in ("gateway", "straight") for stream in (False, True)}
@@ -146,8 +165,10 @@ def measure(service: Served, turns: int, seconds: float) -> dict[tuple[str, bool
         for stream in (False, True):
             # whoever is first in one turn is second in the next: a drift favours neither
             for way, asks in ways if turn % 2 == 0 else reversed(ways):
+                processor = Processor(service)
                 window = asyncio.run(load(asks, seconds, stream=stream))
                 seen = found[way, stream]
+                seen.gateway_core.append(processor.share())
                 seen.tokens_per_s.append(window.tokens / seconds)
                 seen.first_ms += window.first_ms
                 seen.failed += window.failed
@@ -169,8 +190,10 @@ def main() -> int:
         kind = "stream" if stream else "whole"
         middle = statistics.median(seen.tokens_per_s)
         first = statistics.median(seen.first_ms) if seen.first_ms else None
+        core = statistics.median(seen.gateway_core)
         report.add(f"{way}_{kind}_tokens_per_s", middle, "tokens/s")
-        rows.append([way, kind, middle, first, seen.failed])
+        report.add(f"{way}_{kind}_gateway_core", core, "of a core")
+        rows.append([way, kind, middle, first, core, seen.failed])
     for stream, key, goal in (
         (False, "throughput_ratio", ">= 0.97"),
         (True, "stream_throughput_ratio", None),
@@ -188,7 +211,8 @@ def main() -> int:
     report.add("added_ttft_p50_ms", ttft["gateway"] - ttft["straight"], "ms", "< 5")
     failed = sum(seen.failed for seen in found.values())
     report.add("failed_requests", failed, "requests", "== 0")
-    say(table(["way", "answers", "tokens/s", "TTFT p50 ms", "failed"], rows))
+    headers = ["way", "answers", "tokens/s", "TTFT p50 ms", "gateway, of a core", "failed"]
+    say(table(headers, rows))
     report.conditions |= {
         "at_once": AT_ONCE,
         "tokens": TOKENS,

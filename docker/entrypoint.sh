@@ -16,7 +16,8 @@ head)
         --disable-usage-stats --block
     ;;
 worker)
-    exec ray start --address="$address" --disable-usage-stats --block
+    # Ray would run its workers, engines with them, at niceness 15
+    RAY_worker_niceness=0 exec ray start --address="$address" --disable-usage-stats --block
     ;;
 gateway)
     shift

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.engine import Adapter
@@ -201,18 +201,24 @@ class Caretaker:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     status = await post.worker.status()
-                    wanted = self._adapters_of(worker)
-                    names = {adapter.served_name for adapter in wanted}
-                    if status.assigned is None or set(status.assigned) != names:
-                        await post.worker.serve(wanted)
+                if not heard_of:
+                    self._moving.found(worker, status.entry.experts, time.monotonic())
                 heard_of, last_answer = True, time.monotonic()
                 await self._note(status.entry, status.max_model_len)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await self._tell(worker, post, status.assigned)
             except WorkerLostError as error:
                 await self._note_silence(worker, str(error))
             except TimeoutError:
                 if time.monotonic() - last_answer > self._rules.silence_s:
                     await self._note_silence(worker, "it does not answer" if heard_of else UNBORN)
             await asyncio.sleep(POLL_S)
+
+    async def _tell(self, worker: str, post: Post, assigned: Sequence[str] | None) -> None:
+        """Tell a worker what to hold, if that is not what it was told last."""
+        wanted = self._adapters_of(worker)
+        if assigned is None or set(assigned) != {adapter.served_name for adapter in wanted}:
+            await post.worker.serve(wanted)
 
     def _adapters_of(self, worker: str) -> list[Adapter]:
         adapters: dict[str, Adapter] = {}

@@ -97,6 +97,16 @@ class Homes:
         self._homes = homes
         return homes
 
+    def found(self, host: str, names: Collection[str], now: float) -> None:
+        """Take what a host turns out to hold without being its home as left just now.
+
+        For whoever begins with hosts that others have told what to hold: those may have let an
+        expert go a moment ago, with requests on their way.
+        """
+        for name in names:
+            if host not in self._homes.get(name, ()):
+                self._left.setdefault((name, host), now)
+
     def holds(self, name: str, host: str) -> bool:
         """Whether a host is a home of an expert, or was until lately."""
         return host in self._homes.get(name, ()) or (name, host) in self._left

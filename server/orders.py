@@ -103,4 +103,4 @@ class Post:
     node: str
     """Address of its node."""
     adopted: bool = field(default=False, compare=False)
-    """Its actor is older than this control process, so that the last table holds for it."""
+    """The last table is of this very actor, and holds until the actor says otherwise."""

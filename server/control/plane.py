@@ -64,6 +64,8 @@ class ControlPlane:
         self._directing = asyncio.Lock()
         self._controller: Any = None
         self._orders: Orders | None = None
+        self._told: frozenset[str] = frozenset()
+        self._listed: frozenset[str] = frozenset()  # actors that the table is of
         self._staff = Staff(
             self._state.run,
             config.serving,
@@ -207,12 +209,17 @@ class ControlPlane:
 
     async def _direct(self) -> None:
         async with self._directing:
-            await self._controller.direct.remote(
-                self.orders, self._staff.posts, self._rules, self._table
-            )
+            # without it one that Ray has started again would say that no worker is ready yet
+            posts = {
+                worker: dataclasses.replace(post, adopted=post.adopted or post.name in self._listed)
+                for worker, post in self._staff.posts.items()
+            }
+            await self._controller.direct.remote(self.orders, posts, self._rules, self._table)
+            self._told = frozenset(post.name for post in posts.values())
 
     async def _note(self, table: RoutingTable) -> None:
         write_table(self._table_file, table)
+        self._listed = self._told
         async with self._news:
             self._table = table
             self._news.notify_all()

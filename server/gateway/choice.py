@@ -200,7 +200,7 @@ class Chooser:
             target: what is asked for; its homes are looked up anew, for it may be of a table
                 before this one.
             key: of the conversation.
-            tried: workers that could not be reached by this request.
+            tried: workers that gave this request no answer.
             patient: it has waited already, so it does not try workers that are left alone; one
                 that has not tries the least bad of them.
 

@@ -2,8 +2,8 @@
 
 vLLM answers `{"error": {"message", "type", "param", "code"}}` with the HTTP status as `code`, and
 for `/v1/messages` an Anthropic error without `param`. What went wrong is told from the status and
-the parameter it names; from its wording only that the engine behind the server is dead, which vLLM
-says in no other way.
+the parameter it names; from its wording only that the engine behind the server is dead or ends,
+which vLLM says in no other way.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CODES = {
 UNKNOWN_MODEL = "NotFoundError"
 """Type of vLLM's answer about a model that it does not hold; an unknown response has another."""
 
-DEAD_ENGINE = "EngineCore encountered an issue"
-"""How vLLM's server answers for as long as it outlives its engine."""
+DEAD_ENGINE = ("EngineCore encountered an issue", "cannot schedule new futures after shutdown")
+"""How vLLM's server answers for as long as it outlives its engine, and while it ends itself."""
 
 Setback = Literal["unknown-model", "dead-engine"]
 
 
 class SetbackError(Exception):
-    """The engine did not begin the request, or died before its first token: another may have it."""
+    """The engine did not begin the request, or died before its answer: another may have it."""
 
 
 class _EngineError(msgspec.Struct):

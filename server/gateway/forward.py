@@ -35,7 +35,7 @@ from server.gateway.parts import Parts
 from server.gateway.passage import Passage
 from server.gateway.protocol import Call, Endpoint, Head, new_request_id, read_head
 from server.gateway.queueing import wait_for_worker
-from server.gateway.returning import hand_back, note_failure
+from server.gateway.returning import hand_back, note_no_answer
 from server.gateway.upstream import UnreachableError
 from server.gateway.views import Home, Target
 
@@ -179,8 +179,8 @@ class Exchange:
     async def _serve(self, passage: Passage, send: Send) -> None:
         """Hand the call to one of its homes; on to the next as long as none has begun it.
 
-        A request that an engine has begun is not sent to another, or once if that engine said
-        itself that it died: one that kills its engine would be carried from replica to replica.
+        One whose engine died before the answer began goes to one more, and to no third: a request
+        that kills its engine would be carried from replica to replica.
         """
         parts, observation, target = self._parts, passage.observation, passage.target
         chooser = parts.chooser
@@ -245,8 +245,7 @@ class Exchange:
             return False
         except GatewayError as error:
             verdict = True
-            if note_failure(parts, worker, error):
-                logger.warning("%s keeps failing and is left alone: %s", worker, error.code)
+            note_no_answer(parts, passage, error)
             raise
         finally:
             if trial and not verdict:

@@ -79,7 +79,7 @@ class Metrics:
             ("endpoint",),
         )
         self.retries = self._counters(
-            "retries", "Requests sent to another replica because a worker could not be reached."
+            "retries", "Requests sent to another replica because one gave them no answer."
         )
         self._routes = self._counters(
             "routes", "Requests routed by meaning: by the student or the embedder.", ("by",)

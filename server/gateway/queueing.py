@@ -35,7 +35,7 @@ async def wait_for_worker(
         parts: of the gateway.
         passage: the request; its `target` may change, with `observation.spill` saying so.
         home: where it could not enter at once; none: there was no home.
-        tried: workers that it could not reach; forgotten when it has waited for a home.
+        tried: workers that gave it no answer; forgotten when it has waited for a home.
 
     Raises:
         QueueFullError: too many wait already.

@@ -12,7 +12,13 @@ import aiohttp
 from starlette.types import Message, Send
 
 from server.gateway.engine_errors import SetbackError, read_engine_error, read_setback
-from server.gateway.errors import EngineTimeoutError, GatewayError, body_of, event_of
+from server.gateway.errors import (
+    EngineLostError,
+    EngineTimeoutError,
+    GatewayError,
+    body_of,
+    event_of,
+)
 from server.gateway.parts import Parts
 from server.gateway.passage import Passage
 from server.gateway.protocol import NOT_RETURNED
@@ -131,6 +137,20 @@ async def _start(passage: Passage, status: int, headers: RawHeaders, send: Send)
     o.overhead_s = time.perf_counter() - o.began - o.route_s - o.queue_s - o.engine_s
     o.status = status
     await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def note_no_answer(parts: Parts, passage: Passage, error: GatewayError) -> None:
+    """Count a worker of whose answer nothing has been sent to the client.
+
+    Raises:
+        SetbackError: another home is to be asked.
+    """
+    worker = passage.observation.worker
+    if note_failure(parts, worker, error):
+        logger.warning("%s keeps failing and is left alone: %s", worker, error.code)
+    if isinstance(error, EngineLostError) and not passage.survived:
+        passage.survived = True
+        raise SetbackError(f"{worker} was lost before it answered") from error
 
 
 def note_failure(parts: Parts, worker: str, error: GatewayError) -> bool:

@@ -7,6 +7,7 @@ clients, models or routing.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -19,6 +20,21 @@ from server.gateway.errors import EngineLostError, EngineTimeoutError
 IDLE_CONNECTION_S = 4.0
 """An idle connection is dropped before vLLM drops it (after 5 s), so that no request is sent into
 a connection that is being closed."""
+
+SILENT_MACHINE_S = 10
+"""Seconds without a sign of life from a worker's machine after which its connections are lost. One
+that has lost its power or its network says no more, not even that it is gone. A process that is
+merely slow has a kernel that answers for it."""
+
+SOCKET_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_MACHINE_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENT_MACHINE_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MACHINE_S * 1000),
+)
+"""Of connections to engines (tcp(7)): when to ask a silent one, and how long what was sent may go
+without its receipt."""
 
 EVENT_END = (b"\n\n", b"\r\n\r\n")
 """A blank line ends a server-sent event (WHATWG HTML, section 9.2.6)."""
@@ -47,7 +63,9 @@ class Upstream:
         """Open the pool."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=self._config.max_connections, keepalive_timeout=IDLE_CONNECTION_S
+                limit=self._config.max_connections,
+                keepalive_timeout=IDLE_CONNECTION_S,
+                socket_factory=_open_socket,
             ),
             timeout=aiohttp.ClientTimeout(
                 total=None,
@@ -145,6 +163,14 @@ class Upstream:
             f"The engine was silent for {self._config.request_timeout_s:g} s. Ask for fewer tokens "
             "or stream, or have 'gateway.request_timeout_s' raised."
         )
+
+
+def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, *_ = address
+    opened = socket.socket(family, kind, protocol)
+    for level, option, value in SOCKET_OPTIONS:
+        opened.setsockopt(level, option, value)
+    return opened
 
 
 def whole_events(data: bytes) -> tuple[bytes, bytes]:

@@ -141,6 +141,14 @@ def test_commands_on_the_cluster_use_the_cluster() -> None:
     assert all("RAY_ADDRESS=auto " in line for line in lines)
 
 
+@pytest.mark.parametrize("path", [CLUSTER, ENTRYPOINT], ids=lambda path: path.name)
+def test_engines_do_not_run_behind_everything_else(path: Path) -> None:
+    joins = [line for line in path.read_text().splitlines() if "ray start --address" in line]
+    hosts = [line for line in joins if "--num-cpus=0" not in line]
+    assert len(hosts) == 1
+    assert "RAY_worker_niceness=0 " in hosts[0]
+
+
 def test_workers_of_one_host_have_cores_of_their_own() -> None:
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     cpu = {name: each for name, each in services.items() if each.get("profiles") == ["cpu"]}

@@ -8,13 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
-from urllib.error import HTTPError
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +21,7 @@ from server.cluster import Cluster
 from server.engine import fingerprint_distance
 from server.gateway_reports import SocketError, ask
 from server.table import CONTROL_SOCKET, RoutingTable, WorkerEntry
+from tests.end_to_end.load import ANSWER_TOKENS, PROMPT, Load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
@@ -32,8 +31,6 @@ ACTOR_HEAL_S = 480.0
 """Ray has to start the actor before the engine can be."""
 NOTICED_S = 60.0
 READY_S = 480.0
-PROMPT = [40, 41, 42]
-ANSWER_TOKENS = 8
 Introvert = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -340,58 +337,6 @@ def _follows(cluster: Cluster) -> bool:
         return asyncio.run(ask(path, "GET", "/bundle"))[0] == 200
     except SocketError:
         return False
-
-
-class Load:
-    """Requests for every expert through the gateway, one after the other, from some threads."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.answers: list[tuple[str, str, str]] = []
-        """Served name in the body, version in the header, text."""
-        self.failures: list[str] = []
-        self._url = cluster.url
-        self._models = [home.id for home in cluster.table.experts]
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(3)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, more: int) -> None:
-        """Return when so many more answers have come."""
-        wanted = len(self.answers) + more
-        deadline = time.monotonic() + HEAL_S
-        while len(self.answers) < wanted and not self.failures:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def _ask(self, number: int) -> None:
-        while not self._over.is_set():
-            model = self._models[number % len(self._models)]
-            body = {"model": model, "prompt": PROMPT, "max_tokens": ANSWER_TOKENS, "temperature": 0}
-            request = urllib.request.Request(
-                f"{self._url}/v1/completions",
-                json.dumps(body).encode(),
-                {"content-type": "application/json"},
-            )
-            number += 1
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    answer = json.load(response)
-                    version = response.headers["x-introvert-expert-version"]
-            except OSError as error:
-                detail = error.read().decode() if isinstance(error, HTTPError) else ""
-                self.failures.append(f"{error} {detail}")
-            else:
-                text = answer["choices"][0]["text"]
-                self.answers.append((answer["model"], version, text))
 
 
 def test_a_killed_gateway_is_back_on_its_port(cluster: Cluster) -> None:

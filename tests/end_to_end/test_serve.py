@@ -387,7 +387,9 @@ def test_a_killed_engine_heals_while_the_other_answers(
         assert broken.value.code == "engine_lost"
         refused = whole.exception(CLEAR_S)
     assert isinstance(refused, openai.InternalServerError)
-    assert (refused.status_code, refused.code) == (503, "engine_lost")
+    # it waited for another home; a dying engine may have taken it once more
+    assert refused.status_code == 503
+    assert refused.code in ("no_engine", "engine_lost")
     assert time.monotonic() - killed < CLEAR_S
 
     def ask(model: str) -> Reply:

@@ -21,11 +21,13 @@ class FakeWorker:
         self.name = name
         self.assigned: tuple[str, ...] | None = None
         self.told = 0
+        self.asked = 0
         self.lost = False
         self.silent = False
         self.refuses: dict[str, str] = {}
 
     async def status(self) -> WorkerStatus:
+        self.asked += 1
         if self.silent:
             await asyncio.sleep(3600)
         if self.lost:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -235,3 +236,23 @@ async def test_the_next_bundle_is_held_beside_the_served_one(fixture: Fixture) -
     await fixture.until(
         controller, lambda table: not table.ready_workers(DEPLOYMENT.experts[0].name)
     )
+
+
+async def test_a_controller_that_begins_lets_requests_end_where_an_expert_was_a_moment_ago(
+    fixture: Fixture,
+) -> None:
+    fixture.rules = replace(RULES, drain_s=3600)
+    before = await fixture.until(await fixture.controller(), all_ready)
+    for controller in fixture.controllers:
+        await controller.end()
+    name = before.experts[0].served_name
+    (other,) = set(fixture.workers) - set(before.experts[0].workers)
+    worker = fixture.workers[other]
+    assert worker.assigned is not None
+    worker.assigned = (*worker.assigned, name)  # the table before this one had it there
+    await fixture.controller(last=before)
+    told = worker.told
+    async with asyncio.timeout(60):
+        while worker.asked < 20:  # noqa: ASYNC110 - it is asked elsewhere
+            await asyncio.sleep(0.01)
+    assert (worker.told, name in worker.assigned) == (told, True)

@@ -47,3 +47,16 @@ def test_what_is_not_to_be_held_at_all_goes_at_once() -> None:
     homes.look({"a": ("w0",), "b": ("w0",)}, {"w0": {"a", "b"}}, 0.0)
     assert homes.look({"b": ("w0",)}, {"w0": {"a", "b"}}, 1.0) == {"b": ("w0",)}
     assert not homes.holds("a", "w0")
+
+
+def test_what_a_host_is_found_to_hold_stays_for_requests_on_their_way() -> None:
+    homes = Homes(settle_s=5.0, drain_s=10.0)
+    held = {"w0": {"a", "b", "c"}}
+    homes.look({"a": ("w1",), "b": ("w0",)}, {}, 0.0)
+    homes.found("w0", held["w0"], 1.0)
+    homes.look({"a": ("w1",), "b": ("w0",)}, held, 1.0)
+    assert homes.holds("a", "w0")
+    assert not homes.holds("c", "w0"), "nobody wants it anywhere"
+    homes.look({"a": ("w1",), "b": ("w0",)}, held, 11.0)
+    assert not homes.holds("a", "w0")
+    assert homes.holds("b", "w0")

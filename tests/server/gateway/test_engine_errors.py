@@ -91,11 +91,15 @@ def test_an_engine_that_does_not_hold_the_model(fields: dict[str, Any]) -> None:
     assert read_setback(404, refusal(type="NotFoundError", **fields)) == "unknown-model"
 
 
-def test_an_engine_that_is_dead() -> None:
-    body = refusal(
-        message="EngineCore encountered an issue. See stack trace (above) for the root cause.",
-        type="InternalServerError",
-    )
+@pytest.mark.parametrize(
+    "message",
+    [
+        "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        "cannot schedule new futures after shutdown",
+    ],
+)
+def test_an_engine_that_is_dead_or_ends(message: str) -> None:
+    body = refusal(message=message, type="InternalServerError")
     assert read_setback(500, body) == "dead-engine"
     assert read_setback(400, body) is None
 

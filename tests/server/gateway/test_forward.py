@@ -267,7 +267,7 @@ async def test_an_engine_that_dies_before_it_answers(house: House) -> None:
     assert (status, answer["error"]["code"]) == (503, "engine_lost")
     assert headers["retry-after"] == "1"
     errors = 'introvert_gateway_upstream_errors_total{kind="lost",worker="worker-0"}'
-    assert await house.gateway.metric(errors) == 1
+    assert await house.gateway.metric(errors) == 2, "for want of another it was asked once more"
 
 
 async def test_an_engine_that_dies_within_a_body(house: House) -> None:
@@ -424,18 +424,41 @@ async def test_a_request_that_kills_its_engine_kills_no_third_one(house: House) 
     assert (len(house.sport.seen), len(house.law.seen)) == (1, 1)
 
 
-async def test_a_request_that_an_engine_began_is_not_sent_to_another(house: House) -> None:
-    await house.gateway.uses(
-        make_table(
-            2,
-            make_worker(0, house.sport.url, [SPORT]),
-            make_worker(1, house.law.url, [SPORT]),
-        )
-    )
+@pytest.mark.parametrize("behaviour", ["die", "die_in_body"])
+async def test_an_engine_that_dies_with_a_request_costs_no_answer(
+    house: House, behaviour: str
+) -> None:
+    await _both_hold_sport(house)
+    house.sport.behaviour = behaviour
+    for number in range(200):
+        if house.sport.seen and number >= 10:
+            break
+        body = chat("expert-0000", str(number))
+        status, answer, headers = await house.gateway.post(CHAT, body)
+        assert (status, answer["model"], headers["x-introvert-worker"]) == (200, SPORT, "worker-1")
+    assert house.sport.seen, "it has been asked"
+
+
+async def test_a_stream_that_has_not_begun_is_begun_elsewhere(house: House) -> None:
+    await _both_hold_sport(house)
+    house.sport.behaviour = "die"
+    for number in range(200):
+        if house.sport.seen and number >= 10:
+            break
+        body = chat("expert-0000", str(number), stream=True)
+        async with house.gateway.http.post(house.gateway.url + CHAT, json=body) as response:
+            text = await response.text()
+            assert response.headers["x-introvert-worker"] == "worker-1"
+        assert text.endswith("data: [DONE]\n\n")
+    assert house.sport.seen, "it has been asked"
+
+
+async def test_a_request_whose_engines_die_with_it_gets_no_third_one(house: House) -> None:
+    await _both_hold_sport(house)
     house.sport.behaviour = house.law.behaviour = "die"
     status, answer, _ = await house.gateway.post(CHAT, chat("expert-0000"))
     assert (status, answer["error"]["code"]) == (503, "engine_lost")
-    assert len(house.sport.seen) + len(house.law.seen) == 1
+    assert (len(house.sport.seen), len(house.law.seen)) == (1, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from server.gateway.upstream import Upstream, whole_events
+from server.gateway.upstream import SOCKET_OPTIONS, Upstream, whole_events
 from tests.server.gateway.conftest import make_config
 
 
@@ -63,3 +63,28 @@ async def test_connections_are_used_again() -> None:
     await upstream.close()
     server.close()
     assert opened == 1
+
+
+async def test_a_machine_that_goes_silent_is_noticed() -> None:
+    """A power cut cannot be had here: decision 0009 tells how it was tried."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\no")
+        await reader.read()
+        writer.close()
+
+    upstream = Upstream(make_config().gateway)
+    await upstream.start()
+    try:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            response = await upstream.post(f"http://127.0.0.1:{port}", "/x", b"{}", CIMultiDict())
+            assert response.connection is not None
+            assert response.connection.transport is not None
+            opened = response.connection.transport.get_extra_info("socket")
+            for level, option, value in SOCKET_OPTIONS:
+                assert opened.getsockopt(level, option) == value
+            response.close()
+    finally:
+        await upstream.close()
