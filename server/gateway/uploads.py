@@ -187,8 +187,7 @@ class _Form:
 
     def _end_headers(self) -> None:
         part = self._part
-        said = part.headers.get(b"content-disposition", b"").decode("utf-8", "replace")
-        _, options = parse_options_header(said)
+        _, options = parse_options_header(part.headers.get(b"content-disposition", b""))
         part.name = options.get(b"name", b"").decode("utf-8", "replace")
         if part.name != "file":
             return
