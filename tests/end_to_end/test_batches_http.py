@@ -152,3 +152,20 @@ def test_live_requests_are_answered_beside_a_batch(client: openai.OpenAI) -> Non
         )
         assert answer.model.partition("@")[0] in EXPERTS
     wait(client, batch, lambda b: b.status == "completed")
+
+
+def test_a_killed_gateway_costs_a_batch_nothing(client: openai.OpenAI, server: Any) -> None:
+    patient = client.with_options(max_retries=5)
+    batch = begin(patient, lines(600, max_tokens=16))
+    batch = wait(
+        patient, batch, lambda b: b.request_counts is not None and b.request_counts.completed > 0
+    )
+    children = psutil.Process(server.process.pid).children()
+    (gateway,) = [child for child in children if "server.gateway" in child.cmdline()]
+    gateway.kill()
+    gateway.wait(60)
+    batch = wait(patient, batch, lambda b: b.status == "completed")
+    rows = answers(patient, batch.output_file_id)
+    assert {row["custom_id"] for row in rows} == {str(number) for number in range(600)}
+    assert batch.error_file_id is None
+    assert batch.metadata == {"test": "yes"}
