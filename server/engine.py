@@ -27,7 +27,7 @@ LINES = f"{OFFLINE_MODULE}.BatchLines"
 DOOR = f"{EngineDoor.__module__}.{EngineDoor.__name__}"
 """Import path of the middleware that asks for the key."""
 OFFLINE_SEQUENCES = 256
-"""Requests that a batch's engine computes at once on a CPU: what `LLM.generate` has there, and twice
+"""Requests that a batch's engine computes at once on a CPU: what `LLM.generate` has there, twice
 what vLLM gives its API server; on a GPU both have more."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that `--max-lora-rank` takes."""
