@@ -329,6 +329,13 @@ class GatewayConfig(Section):
     """Seconds it is left alone, doubled with each failed attempt after that, up to 30."""
     retry_after_s: PositiveInt = 5
     """`Retry-After` of a 503."""
+    batch_concurrency: PositiveInt = 32
+    """Requests in flight on one worker, of each gateway process, from which requests of batches
+    are put off; live ones count and are never put off for them."""
+    batches_at_once: PositiveInt = 4
+    """Batches that are worked on at the same time; others wait, the oldest first."""
+    max_file_bytes: PositiveInt = 1024 * 1024 * 1024
+    """Largest file that `/v1/files` takes."""
     drain_timeout_s: NonNegativeFloat = 10.0
     """Seconds that running requests get to finish at shutdown."""
     max_connections: PositiveInt = 4096

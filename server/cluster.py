@@ -19,6 +19,7 @@ from typing import Self
 from configs.schema import RunConfig
 from expert_trainer.base import resolve_base
 from expert_trainer.bundle import open_published
+from server.batch_process import BatchProcess
 from server.control.bundles import check_base
 from server.control_process import ControlProcess
 from server.engine import check_engine_args
@@ -76,8 +77,14 @@ class Cluster:
             self._gateway = GatewayProcesses(self._config, run_dir=run_dir, log_dir=self._log_dir)
             stack.callback(self._gateway.stop)
             self._gateway.start()
+            batches = BatchProcess(
+                self._config, run_dir=run_dir, log_dir=self._log_dir, url=self._gateway.url
+            )
+            stack.callback(batches.stop)
+            batches.start()
             control, ending = self._control, self._ending
             keep(stack, "gateway keeper", self._gateway.revive, ending)
+            keep(stack, "batch keeper", batches.revive, ending)
             keep(stack, "control keeper", lambda: control.revive(ending.is_set), ending)
             self._resources = stack.pop_all()
         return self

@@ -159,6 +159,13 @@ class Lane:
         self._start(group)
         return group
 
+    def enter_behind(self, expert: str | None, below: int) -> Group | None:
+        """Let a background request in at once, if it takes nobody's place: nobody waits, and fewer
+        than `below` are in flight, live requests counted."""
+        if self.waiting or self.active >= below:
+            return None
+        return self.enter(expert)
+
     def queue(
         self, expert: str | None, tenant: str, weight: float, woken: Callable[[Group | None], None]
     ) -> Waiter | None:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from configs.schema import RunConfig
 from server.gateway.admin import admin_routes
 from server.gateway.answers import AnthropicErrorAnswer, ErrorAnswer
+from server.gateway.batches import batch_routes
 from server.gateway.client import CLIENT_GONE, ClientGoneError
 from server.gateway.documented import errors
 from server.gateway.errors import (
@@ -71,7 +72,7 @@ def create_app(
     """The gateway as an ASGI application.
 
     Args:
-        config: the run; `gateway` and `seed` are what is read of it.
+        config: the run; `gateway`, `seed` and where its scratch directory is are read of it.
         table_source: hands out routing tables for as long as the application lives.
         router_source: loads the router; called once, in a thread.
         seat: the process' place among several; its Unix socket gets `app.state.internal`.
@@ -90,6 +91,7 @@ def create_app(
     app.exchanges = {e.path: Exchange(e, parts) for e in ENDPOINTS}
     app.router.routes[:0] = [ForwardedRoute(e, app.exchanges[e.path]) for e in ENDPOINTS]
     app.include_router(own_routes(parts, scrape))
+    app.include_router(batch_routes(parts))
     app.include_router(admin_routes(parts, scrape))
     app.add_exception_handler(GatewayError, _answer_gateway_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -194,6 +196,7 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
             parts.routing.close()
             await parts.upstream.close()
             await parts.recorder.close()
+            parts.store.close()
 
     return life
 

@@ -12,15 +12,21 @@ GatewayError                      an answer that the gateway makes instead of an
 ├── ForbiddenModelError     403
 ├── UnknownPathError        404
 ├── ModelNotFoundError      404
+├── FileNotKnownError       404
+├── BatchNotKnownError      404
 ├── MethodNotAllowedError   405
 ├── RequestTimeoutError     408
+├── FileInUseError          409
+├── BatchOverError          409
 ├── BodyTooLargeError       413
-│   └── PromptTooLargeError
+│   ├── PromptTooLargeError
+│   └── FileTooLargeError
 ├── HeadersTooLargeError    431
 ├── TryLaterError                 with Retry-After
 │   ├── TooManyRequestsError    429
 │   │   ├── RateLimitedError
-│   │   └── QueueFullError
+│   │   ├── QueueFullError
+│   │   └── YieldingError
 │   └── UnavailableError        503
 │       ├── NoEngineError
 │       ├── RouterNotReadyError
@@ -155,6 +161,38 @@ class ModelNotFoundError(GatewayError):
     type = "invalid_request_error"
 
 
+class FileNotKnownError(GatewayError):
+    """The API key has no file of this id."""
+
+    status = 404
+    code = "file_not_found"
+    type = "invalid_request_error"
+
+
+class BatchNotKnownError(GatewayError):
+    """The API key has no batch of this id."""
+
+    status = 404
+    code = "batch_not_found"
+    type = "invalid_request_error"
+
+
+class FileInUseError(GatewayError):
+    """A batch that is not over reads the file."""
+
+    status = 409
+    code = "file_in_use"
+    type = "invalid_request_error"
+
+
+class BatchOverError(GatewayError):
+    """The batch is over, or all but over, so that it cannot be cancelled."""
+
+    status = 409
+    code = "batch_over"
+    type = "invalid_request_error"
+
+
 class MethodNotAllowedError(GatewayError):
     """The endpoint exists, the method on it does not."""
 
@@ -184,6 +222,12 @@ class PromptTooLargeError(BodyTooLargeError):
     """The prompt is over `gateway.max_prompt_bytes`."""
 
     code = "prompt_too_large"
+
+
+class FileTooLargeError(BodyTooLargeError):
+    """The file is over `gateway.max_file_bytes`."""
+
+    code = "file_too_large"
 
 
 class HeadersTooLargeError(GatewayError):
@@ -233,6 +277,12 @@ class QueueFullError(TooManyRequestsError):
     """Too many requests wait for the worker already."""
 
     code = "queue_full"
+
+
+class YieldingError(TooManyRequestsError):
+    """A background request that would take a live one's place, now or soon."""
+
+    code = "yielding"
 
 
 class UnavailableError(TryLaterError):

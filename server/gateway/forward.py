@@ -29,6 +29,7 @@ from server.gateway.errors import (
     ForbiddenModelError,
     GatewayError,
     InternalError,
+    YieldingError,
     body_of,
 )
 from server.gateway.parts import Parts
@@ -40,6 +41,9 @@ from server.gateway.upstream import UnreachableError
 from server.gateway.views import Home, Target
 
 logger = logging.getLogger(__name__)
+
+YIELD_S = 1
+"""`Retry-After` of a background request that others go before."""
 
 
 class Exchange:
@@ -186,9 +190,14 @@ class Exchange:
         chooser = parts.chooser
         assert target is not None
         tried: set[str] = set()
+        ticket: Group | None
         while True:
             home = chooser.choose(target, passage.key, tried)
-            ticket = home.lane.enter(target.lane_name) if home is not None else None
+            assert passage.head is not None
+            if passage.head.background:
+                home, ticket = self._enter_behind(home, target)
+            else:
+                ticket = home.lane.enter(target.lane_name) if home is not None else None
             if home is None or ticket is None:
                 home, ticket = await wait_for_worker(parts, passage, home, tried)
                 target = passage.target
@@ -202,6 +211,26 @@ class Exchange:
                 logger.info("%s: another home is asked", setback)
             tried.add(home.worker)
             observation.retries += 1
+
+    def _enter_behind(self, home: Home | None, target: Target) -> tuple[Home, Group]:
+        """A background request's ticket; it waits for nobody and goes nowhere else.
+
+        Raises:
+            YieldingError: others go first.
+            NoEngineError: no worker is to hold the expert.
+        """
+        chooser = self._parts.chooser
+        if home is None and chooser.hopeless(target):
+            raise chooser.no_engine(target)
+        below = self._parts.config.batch_concurrency
+        ticket = home.lane.enter_behind(target.lane_name, below) if home is not None else None
+        if home is None or ticket is None:
+            raise YieldingError(
+                f"Requests of batches wait for '{target.served_name}' until fewer than {below} are "
+                f"in flight on its worker. Try again in {YIELD_S} s.",
+                retry_after_s=YIELD_S,
+            )
+        return home, ticket
 
     async def _ask(self, passage: Passage, home: Home, ticket: Group, send: Send) -> bool:
         """Ask one worker, whose lane has let the request in; false if it cannot be reached.

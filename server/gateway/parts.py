@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from configs.schema import GatewayConfig, RunConfig
+from server.batch.store import DIRECTORY, Store
 from server.gateway.choice import Chooser
 from server.gateway.counts import Counts
 from server.gateway.gauges import show_state
@@ -38,6 +39,8 @@ class Parts:
     """Requests in flight by worker, over all gateway processes."""
     metrics: Metrics
     recorder: RequestRecorder
+    store: Store
+    """Files and batches; opened when somebody asks for them."""
     started: datetime
 
     @classmethod
@@ -65,10 +68,12 @@ class Parts:
                 Path(gateway.keys_file) if gateway.keys_file else None,
                 counts=seat.counts(TENANTS_FILE),
                 rates=seat.rates(),
+                engine_key=seat.engine_key,
             ),
             counts=counts,
             metrics=metrics,
             recorder=RequestRecorder(metrics, listeners_for(gateway, seat.number)),
+            store=Store(config.bundle.scratch / DIRECTORY),
             started=datetime.now(UTC),
         )
         show_state(metrics, parts.chooser, parts.readiness)

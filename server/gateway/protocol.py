@@ -27,6 +27,7 @@ from server.gateway.errors import (
     MissingParameterError,
     PromptTooLargeError,
 )
+from server.gateway.tenants import ON_BEHALF
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 DEADLINE = b"x-introvert-deadline-ms"
 """Header in which a client says how long it would wait."""
 
+PRIORITY = b"x-introvert-priority"
+"""Header by which a client lets others go first."""
+BACKGROUND = b"batch"
+"""Its one value that means something."""
+
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -91,11 +97,12 @@ RESTATED = frozenset(
         b"expect",
         b"x-request-id",
         DEADLINE,
+        PRIORITY,
     }
 )
 """Headers that are written anew for the engine."""
 
-CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"})
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie", ON_BEHALF})
 """Headers that are for the gateway; engines ask for none."""
 
 NOT_FORWARDED = HOP_BY_HOP | RESTATED | CREDENTIALS
@@ -113,6 +120,8 @@ class Head:
     """Headers for the engine."""
     deadline_s: float | None = None
     """How long the client would wait, if it says so."""
+    background: bool = False
+    """Whether all others go first."""
 
 
 def new_request_id() -> str:
@@ -134,6 +143,7 @@ def read_head(scope: Scope, limit: int | None = None) -> Head:
     request_id = None
     content_length = None
     deadline_s = None
+    background = False
     size = 0
     dropped = NOT_FORWARDED
     forwarded: CIMultiDict[str] = CIMultiDict()
@@ -147,6 +157,8 @@ def read_head(scope: Scope, limit: int | None = None) -> Head:
             dropped = dropped | named
         elif name == DEADLINE:
             deadline_s = _seconds(value)
+        elif name == PRIORITY:
+            background = value == BACKGROUND
         if name not in dropped:
             forwarded.add(name.decode("latin-1"), value.decode("latin-1"))
     if limit is not None and size > limit:
@@ -161,7 +173,7 @@ def read_head(scope: Scope, limit: int | None = None) -> Head:
     forwarded["x-request-id"] = request_id
     forwarded["content-type"] = "application/json"
     forwarded["accept-encoding"] = "identity"
-    return Head(request_id, content_length, forwarded, deadline_s)
+    return Head(request_id, content_length, forwarded, deadline_s, background)
 
 
 Value = TypeVar("Value")

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -28,6 +28,9 @@ LOOK_INTERVAL_S = 1.0
 """Seconds between two looks at the keys' file: a key that is revoked works no longer than that."""
 CONCURRENT_RETRY_S = 1
 NO_DIGEST = bytes(32)
+
+ON_BEHALF = b"x-introvert-tenant"
+"""Header in which whoever has the engines' key says whose request it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class Keyring:
         *,
         counts: Counts | None = None,
         rates: Rates | None = None,
+        engine_key: str | None = None,
     ) -> None:
         """Read the file.
 
@@ -94,6 +98,7 @@ class Keyring:
             keys_file: see `server.keys`; none: no keys are asked for.
             counts: requests running, by key; default: of this process alone.
             rates: what each key has asked; default: of this process alone.
+            engine_key: the run's own, whose holder may ask on behalf of any tenant; none: nobody.
 
         Raises:
             KeysError: the file cannot be used; all mistakes at once.
@@ -103,11 +108,13 @@ class Keyring:
         self._rates = rates or LocalRates()
         self._seen = _identity(keys_file) if keys_file else None
         self._fault = ""
+        self._engine_digest = digest_of(engine_key.encode()) if engine_key else None
+        self._named: dict[str, Tenant] = {}
         self._tenants: dict[bytes, tuple[bytes, Tenant]] = {}
         if keys_file is not None:
             self._use(read_keys(keys_file))
 
-    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
+    def identify(self, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
         """Whose request it is, by its `Authorization: Bearer` or `x-api-key`.
 
         The time it takes tells nothing of the keys. The key is looked up by its SHA-256, and who
@@ -128,9 +135,22 @@ class Keyring:
         digest = digest_of(key)
         stored, tenant = self._tenants.get(digest, (NO_DIGEST, ANYBODY))
         if not hmac.compare_digest(stored, digest):
+            if self._engine_digest and hmac.compare_digest(self._engine_digest, digest):
+                return self._on_behalf(headers)
             raise UnauthorizedError(
                 "The API key is not known here. It may have been mistyped or revoked; ask whoever "
                 "runs this service for another."
+            )
+        return tenant
+
+    def _on_behalf(self, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
+        """Whom a request with the engines' key is made for; how often it asks is not limited."""
+        name = next((value for header, value in headers if header == ON_BEHALF), b"")
+        tenant = self._named.get(name.decode("latin-1"))
+        if tenant is None:
+            raise UnauthorizedError(
+                f"'{ON_BEHALF.decode()}' must name an API key that is known here; it may have been "
+                "revoked."
             )
         return tenant
 
@@ -184,11 +204,12 @@ class Keyring:
             logger.info("%d API keys", len(self._tenants))
 
     def _use(self, entries: Sequence[KeyEntry]) -> None:
-        tenants = {}
+        tenants, named = {}, {}
         for entry in entries:
             digest = bytes.fromhex(entry.sha256)
             tenants[digest] = (digest, _tenant(entry))
-        self._tenants = tenants  # at once: another thread reads
+            named[entry.name] = replace(_tenant(entry), requests_per_minute=None, concurrent=None)
+        self._tenants, self._named = tenants, named  # at once: another thread reads
 
 
 class _Running:

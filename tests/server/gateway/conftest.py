@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +23,9 @@ from configs import RunConfig
 from router.conversation import Message
 from router.types import Candidate, Route
 from server.gateway.app import create_app
+from server.gateway.parts import ALONE
 from server.gateway.routing import LoadedRouter, RouterSource
+from server.gateway.seat import Seat
 from server.table import ExpertHome, RoutingTable, WorkerEntry
 
 BASE = "small-base"
@@ -244,10 +247,10 @@ def make_table(version: int, *workers: WorkerEntry, **changes: Any) -> RoutingTa
     return RoutingTable(**{**fields, **changes})
 
 
-def make_config(**gateway: Any) -> RunConfig:
+def make_config(scratch: Path | None = None, **gateway: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "bundle": {"path": "bundle"},
+            "bundle": {"path": "bundle", "scratch_dir": str(scratch) if scratch else None},
             "base": {"model": BASE},
             "data": {"train": ["x.jsonl"]},
             "gateway": {"port": 0, "max_body_bytes": 65536, "retry_after_s": 1, **gateway},
@@ -379,18 +382,22 @@ def nowhere() -> Iterator[str]:
 
 
 @pytest.fixture
-async def start_gateway() -> AsyncIterator[StartGateway]:
-    """Starts gateways that are stopped after the test; waits until their first table is in use."""
+async def start_gateway(tmp_path: Path) -> AsyncIterator[StartGateway]:
+    """Starts gateways that are stopped after the test; waits until their first table is in use.
+    All have the test's own directory for scratch."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
-            *tables: RoutingTable, router: RouterSource | None = None, **options: Any
+            *tables: RoutingTable,
+            router: RouterSource | None = None,
+            seat: Seat = ALONE,
+            **options: Any,
         ) -> Gateway:
             def loads(place: str) -> LoadedRouter:
                 return LoadedRouter(router=FakeRouter(), bundle="cccccccccccc")
 
             source = FakeTables(*tables)
-            app = create_app(make_config(**options), source, router or loads)
+            app = create_app(make_config(tmp_path, **options), source, router or loads, seat)
             url = await stack.enter_async_context(serving(app))
             http = await stack.enter_async_context(aiohttp.ClientSession())
             gateway = Gateway(url, source, http)

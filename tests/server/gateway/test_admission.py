@@ -295,6 +295,35 @@ def test_grouping_begins_and_ends_while_requests_run() -> None:
     assert worker.lane.active == worker.lane.waiting == 0
 
 
+def test_a_background_request_takes_nobodys_place() -> None:
+    worker = Worker.make(limit=3)
+    lane = worker.lane
+    behind = [lane.enter_behind(None, 2) for _ in range(3)]
+    assert [ticket is not None for ticket in behind] == [True, True, False]
+    live = worker.come(None)
+    assert live.ticket is not None, "live requests have the whole lane"
+    waiting = worker.come(None)
+    assert waiting.ticket is None
+    assert behind[0] is not None
+    lane.leave(behind[0])
+    assert waiting.ticket is not None, "whoever waits is next"
+    for ticket in (live.ticket, waiting.ticket):
+        lane.leave(ticket)
+    assert lane.enter_behind(None, 2) is not None
+    assert lane.active == 2
+
+
+def test_a_background_request_does_not_pass_those_who_wait_for_a_slot() -> None:
+    worker = Worker.make(limit=8, slots=1)
+    first = worker.come("a")
+    assert first.ticket is not None
+    assert worker.lane.enter_behind("b", 8) is None, "as live ones, it needs a slot"
+    assert worker.lane.waiting == 0
+    worker.come("b")
+    assert worker.lane.enter_behind("a", 8) is None, "though a live one might"
+    assert worker.lane.enter("a") is not None
+
+
 def test_the_expected_wait() -> None:
     worker = Worker.make(2, slots=1)
     assert worker.lane.expected_wait("a") == 0.0

@@ -12,6 +12,7 @@ import json
 import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -56,11 +57,11 @@ CHECKED = [
 ]
 
 
-def make_app(*engines: FakeEngine) -> FastAPI:
+def make_app(*engines: FakeEngine, scratch: Path | None = None) -> FastAPI:
     experts = [[SPORT], [LAW]]
     workers = [make_worker(i, engine.url, experts[i]) for i, engine in enumerate(engines)]
     table = make_table(1, *workers)
-    config = make_config(admin_key_sha256=digest_of(ADMIN_KEY).hex())
+    config = make_config(scratch, admin_key_sha256=digest_of(ADMIN_KEY).hex())
     return create_app(config, FakeTables(table), _load_router)
 
 
@@ -69,24 +70,24 @@ def _load_router(*_: object) -> LoadedRouter:
 
 
 @contextlib.asynccontextmanager
-async def house() -> AsyncIterator[str]:
+async def house(scratch: Path) -> AsyncIterator[str]:
     """URL of a gateway before two fake engines."""
     async with contextlib.AsyncExitStack() as stack:
         engines = []
         for name in ("sport", "law"):
             engines.append(await FakeEngine(name=name).start())
             stack.push_async_callback(engines[-1].stop)
-        yield await stack.enter_async_context(serving(make_app(*engines)))
+        yield await stack.enter_async_context(serving(make_app(*engines, scratch=scratch)))
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The house in a thread of its own: the client here is a blocking one."""
     found: list[str] = []
     up, over = threading.Event(), threading.Event()
 
     async def live() -> None:
-        async with house() as address:
+        async with house(tmp_path_factory.mktemp("scratch")) as address:
             found.append(address)
             up.set()
             await asyncio.to_thread(over.wait)

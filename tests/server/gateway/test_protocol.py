@@ -109,6 +109,15 @@ def test_an_object_is_asked_for() -> None:
         parse_object(b"3")
 
 
+@pytest.mark.parametrize(
+    ("value", "background"), [(b"batch", True), (b"Batch", False), (b"", False), (b"live", False)]
+)
+def test_only_one_priority_means_something(value: bytes, background: bool) -> None:
+    head = read_head({"headers": [(b"x-introvert-priority", value), (b"x-introvert-tenant", b"a")]})
+    assert head.background is background
+    assert not {"x-introvert-priority", "x-introvert-tenant"} & set(head.forwarded)
+
+
 @pytest.mark.parametrize("sent", [b"", b"x" * 129, b"a b", b"\xc3\xa4"])
 def test_a_request_id_that_is_no_token_is_replaced(sent: bytes) -> None:
     head = read_head({"headers": [(b"x-request-id", sent)]})

@@ -140,6 +140,44 @@ def test_a_file_that_could_not_be_opened_is_read_later(
         keyring.identify(bearer("secret-a"))
 
 
+def behalf(key: str, name: str) -> list[tuple[bytes, bytes]]:
+    return [*bearer(key), (b"x-introvert-tenant", name.encode())]
+
+
+def test_whoever_has_the_engines_key_asks_on_behalf_of_a_tenant(keys: Path) -> None:
+    keyring = Keyring(keys, engine_key="of-the-run")
+    alice = keyring.identify(behalf("of-the-run", "alice"))
+    assert (alice.name, alice.weight) == ("alice", 2)
+    assert not alice.may_ask("expert-0002"), "the allow-list holds"
+    bob = keyring.identify(behalf("of-the-run", "bob"))
+    for _ in range(9):
+        with keyring.admit(bob), keyring.admit(bob), keyring.admit(bob):
+            pass  # the limits of its own requests do not hold
+    remove_key(keys, "alice")
+    keyring.refresh()
+    with pytest.raises(UnauthorizedError, match="revoked"):
+        keyring.identify(behalf("of-the-run", "alice"))
+
+
+@pytest.mark.parametrize("name", ["nobody", "", "ä"])
+def test_nobody_asks_on_behalf_of_who_is_not_known(keys: Path, name: str) -> None:
+    with pytest.raises(UnauthorizedError):
+        Keyring(keys, engine_key="of-the-run").identify(behalf("of-the-run", name))
+
+
+def test_the_header_alone_opens_nothing(keys: Path) -> None:
+    for keyring in (Keyring(keys), Keyring(keys, engine_key="of-the-run")):
+        assert keyring.identify(behalf("secret-a", "bob")).name == "alice"
+        for key in ("", "of-the-ru", "None"):
+            with pytest.raises(UnauthorizedError):
+                keyring.identify(behalf(key, "bob"))
+        with pytest.raises(UnauthorizedError):
+            keyring.identify([(b"x-introvert-tenant", b"bob")])
+    with pytest.raises(UnauthorizedError):
+        Keyring(keys).identify(behalf("of-the-run", "bob"))
+    assert Keyring(engine_key="of-the-run").identify(behalf("of-the-run", "bob")) is ANYBODY
+
+
 def test_a_gateway_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="cannot be read"):
         Keyring(tmp_path / "nothing.yaml")
