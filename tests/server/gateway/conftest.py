@@ -276,7 +276,7 @@ class Gateway:
 
     def openai(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", **{"max_retries": 0, **options}
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
         )
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, Any]:
