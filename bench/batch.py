@@ -216,6 +216,7 @@ def route(report: Report, here: Path, seconds: float) -> None:
 
     from configs.schema import RouterConfig
     from router.conversation import Message
+    from router.distillation import Texts
     from router.embedder import load_embedder
     from router.model import Router
 
@@ -233,16 +234,16 @@ def route(report: Report, here: Path, seconds: float) -> None:
         embedder = load_embedder(
             config.embedder, device="cpu", batch_size=256, max_tokens=config.max_tokens
         )
+
+        def with_vectors(some: list[str]) -> Texts:
+            vectors = np.asarray(embedder.encode(some))
+            return Texts(vectors, lambda rows: [some[row] for row in rows])
+
         train = [prompt() for _ in range(4000)]
         held = [prompt() for _ in range(1000)]
-        fitted = Router.fit(
-            np.asarray(embedder.encode(train)),
-            np.asarray(embedder.encode(held)),
-            config,
-            seed=0,
-            embedder=embedder,
-        )
-        fitted.router.taught(train, held).save(directory)
+        learnt, judged = map(with_vectors, (train, held))
+        fitted = Router.fit(learnt.vectors, judged.vectors, config, seed=0, embedder=embedder)
+        fitted.router.taught(learnt, judged).save(directory)
     router = Router.load(directory, device="cpu", threads=1)
     for sure_only, key, goal in ((False, "fast", ">= 5000"), (True, "cascade", None)):
         done = 0

@@ -26,6 +26,9 @@ LINES = f"{OFFLINE_MODULE}.BatchLines"
 """Import path of the middleware that takes many requests in one call."""
 DOOR = f"{EngineDoor.__module__}.{EngineDoor.__name__}"
 """Import path of the middleware that asks for the key."""
+OFFLINE_SEQUENCES = 256
+"""Requests that a batch's engine computes at once on a CPU: what `LLM.generate` has there, twice
+what vLLM gives its API server; on a GPU both have more."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The only values that `--max-lora-rank` takes."""
 SPARE_SLOTS = 8
@@ -154,6 +157,8 @@ def build_command(
         **(_lora_flags(room) if room else {}),
         **(_gpu_flags(base, serving, devices) if devices.gpus else _cpu_flags(base, devices)),
     }
+    if offline and not devices.gpus:
+        flags["max-num-seqs"] = OFFLINE_SEQUENCES
     flags |= {_flag(name): value for name, value in serving.engine_args.items()}
     env = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",

@@ -9,7 +9,8 @@ and costs none of HTTP's.
     {"id": 7, "path": "/v1/completions", "body": {…}}       a line of what is asked
     {"id": 7, "status": 200, "body": {…}}                   a line of the answer, in any order
 
-The only module that imports vLLM. Knows nothing of experts, files, or of who asks.
+With `server.engine_adapters` the only module that imports vLLM. Knows nothing of experts, of files,
+or of who asks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LINES_PATH = "/batch/lines"
 ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """Where this environment variable is 0, the engine computes in the server's process."""
 
+GROUPED = "server.engine_adapters.GroupedAdapters"
+"""Import path of what computes LoRA on a CPU."""
 ENDED = b""
 """In place of an answer: the engine has died."""
 
@@ -250,6 +253,14 @@ def compute_in_process() -> None:
     EngineCoreClient.make_async_mp_client = staticmethod(make)  # type: ignore[method-assign]
 
 
+def group_adapters() -> None:
+    """Have an engine on a CPU compute LoRA by expert."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        setattr(current_platform, "get_punica_wrapper", lambda: GROUPED)  # noqa: B010 - a method
+
+
 def _at_once(call: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     """What takes no time worth waiting for, as something to be awaited."""
 
@@ -265,6 +276,7 @@ def main() -> None:
 
     if os.environ.get(ONE_PROCESS) == "0":
         compute_in_process()
+        group_adapters()
     serve()  # type: ignore[no-untyped-call]
 
 
