@@ -88,7 +88,9 @@ def _provenance(line: Line, answer: Answer, where: Mapping[str, object]) -> dict
 def _reason(answer: Answer) -> tuple[str, str]:
     try:
         error = msgspec.json.decode(answer.body)["error"]
-        return str(error.get("code") or error.get("type") or answer.status), str(error["message"])
+        code = error.get("code")  # engines give the status here, gateways a word
+        kind = code if isinstance(code, str) else error.get("type")
+        return str(kind or answer.status), str(error["message"])
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
         return str(answer.status), answer.body[:300].decode(errors="replace")
 
