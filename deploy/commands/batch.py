@@ -33,10 +33,12 @@ class BatchUsageError(IntrovertError):
 def run(options: argparse.Namespace) -> int:
     """Answer the input; 0 when every line is an answer or an error line."""
     from deploy.batch_view import BatchView
+    from server.batch.job import check_job
 
     config = load_config(options.config, options.overrides)
     check_report(options.report)
     spec = job_spec(options, config)
+    check_job(spec)
     with BatchView() as view:
         counts = asyncio.run(_run(options, config, spec, view))
     say(summary(counts, spec))

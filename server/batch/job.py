@@ -51,14 +51,25 @@ async def run_job(
     Raises:
         BatchError: it cannot be done, or not go on now; what is finished stays in the ledger.
     """
-    files = input_files(spec.inputs)
+    files = check_job(spec)
     cancelled = cancelled or asyncio.Event()
     with Ledger(spec.work) as ledger:
         _claim(ledger, spec, files)
-        check_outputs((spec.output, spec.errors), spec.work, _bytes(files))
         counts = await _Run(spec, files, ledger, backend, listener).run(cancelled)
     shutil.rmtree(spec.work, ignore_errors=True)
     return counts
+
+
+def check_job(spec: JobSpec) -> list[str]:
+    """Find out before anything is started whether the job can be done; its input files in order.
+
+    Raises:
+        BatchInputError: an input is not there.
+        BatchOutputError: an output cannot be written, or the disk has no room.
+    """
+    files = input_files(spec.inputs)
+    check_outputs((spec.output, spec.errors), spec.work, _bytes(files))
+    return files
 
 
 def has_begun(work: Path) -> bool:

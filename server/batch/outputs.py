@@ -33,7 +33,7 @@ def check_outputs(places: Sequence[str], work: Path, input_bytes: int) -> None:
 
     Args:
         places: paths or URLs of files that are to be written.
-        work: the job's own directory, which exists.
+        work: the job's own directory, made if missing.
         input_bytes: size of the inputs that lie on disk.
 
     Raises:
@@ -49,6 +49,13 @@ def check_outputs(places: Sequence[str], work: Path, input_bytes: int) -> None:
             parent.make()
         except StorageError as error:
             raise BatchOutputError(f"{place} cannot be written: {error}") from None
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BatchOutputError(
+            f"{work} cannot be made: {error.strerror}; the job keeps its ledger there, or where "
+            "--work says"
+        ) from None
     needed = SHARE_OF_INPUT * input_bytes + SPARE_BYTES
     on_disk = {work, *(Path(p).absolute().parent for p in places if not is_url(p))}
     for directory in on_disk:
