@@ -134,6 +134,7 @@ def cluster(
     assert left_behind() == []
     assert not list(work.glob("serving-*"))
     assert sorted(path.name for path in (work / "logs").iterdir()) == [
+        "batches.log",
         "control.log",
         "gateway.log",
         "ray.log",
