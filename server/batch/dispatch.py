@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Sequence
 
 from server.batch.backlog import SUSPECT, Backlog
@@ -17,6 +16,7 @@ from server.batch.errors import LaneLostError, LineError
 from server.batch.ledger import Ledger, Result
 from server.batch.results import OK, answer_line, fault_line, refused_line
 from server.batch.types import Answer, Backend, Line, Seat
+from server.gateway.usage import TAIL_BYTES, read_usage
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ MOST_LOSSES = 6
 """Times that whoever is asked may go away with a line; then the line is given up."""
 UNWRITTEN = 1024
 """Results that are in memory at the most before they are written."""
-
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
 class Dispatcher:
@@ -177,8 +175,8 @@ class Dispatcher:
         if answer.status == OK:
             self.done += 1
             self.by_target[line.target] = self.by_target.get(line.target, 0) + 1
-            if found := _TOKENS.findall(answer.body):
-                self.tokens += int(found[-1])
+            _, generated = read_usage(answer.body[-TAIL_BYTES:])
+            self.tokens += generated or 0
             self._results.append(Result(line.number, True, answer_line(line, answer, where)))
         else:
             self.failed += 1

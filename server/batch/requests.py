@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from router.conversation import Endpoint, Message, request_messages
+from router.conversation import ROUTED_CHARACTERS, Endpoint, Message, request_messages
 from router.errors import UnroutableError
 from server.batch.errors import LineError
 from server.batch.types import ROUTED_MODEL, Task
@@ -21,8 +21,6 @@ KINDS: Mapping[str, Endpoint] = {
     "/v1/completions": "completions",
 }
 PATHS = (*KINDS, ROUTE_PATH)
-ROUTED_CHARACTERS = 32_768
-"""Of each message only the beginning is routed on, as in the gateway."""
 
 _OURS = frozenset({"custom_id", "id"})
 _JSON = msgspec.json.Encoder()

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from configs.errors import IntrovertError
 from configs.schema import RunConfig
+from router.conversation import ROUTED_CHARACTERS, Message, request_messages
 from router.conversation import Endpoint as RequestKind
-from router.conversation import Message, request_messages
 from router.errors import UnroutableError
 from router.types import Route
 from server.gateway.answers import RouterState, RouterStatus
@@ -34,10 +34,6 @@ WAITING_REQUESTS = 512
 
 QUICK_ROUTES = 8
 """Texts of one request that the student takes before others have their turn on the event loop."""
-
-ROUTED_CHARACTERS = 32_768
-"""Of each message only the beginning is routed on. Embedders read less than that, yet would first
-cut all of it into tokens: five seconds for 8 MB, in the one thread that everybody waits for."""
 
 RETRY_FIRST_S, RETRY_MOST_S = 10.0, 300.0
 """Between two attempts to load a router, doubled after each: what lies behind a URL comes back."""
