@@ -53,12 +53,21 @@ class GroupedAdapters(PunicaWrapperCPU):
         """
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for slot, rows in self._groups:
-            mine = x[rows]
+            inner = [a[slot, 0] for a in lora_a_stacked]
+            rank = len(inner[0])
+            # one product for all slices: each of their own is too small to be fast
+            shared = inner[0] if len(inner) == 1 else torch.cat(inner)
+            hidden = x[rows] @ shared.t().to(x.dtype)
+            if scale != 1:
+                hidden *= scale
             left = 0
-            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                hidden = mine @ a[slot, 0].t().to(mine.dtype)
-                update = hidden @ b[slot, 0].t().to(mine.dtype)
-                y[rows, left : left + width] += update if scale == 1 else update * scale
+            for place, (b, width) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
+                mine = hidden[:, place * rank : (place + 1) * rank]
+                outer = b[slot, 0].t().to(x.dtype)
+                if isinstance(rows, slice):
+                    y[rows, left : left + width].addmm_(mine, outer)
+                else:
+                    y[rows, left : left + width] += mine @ outer
                 left += width
 
 

@@ -55,33 +55,40 @@ class Backlog:
         return {target: q.waiting for target, q in self._queues.items() if q.waiting}
 
     def take(self, group: str, holds: Set[str] | None, limit: int) -> list[Line]:
-        """Lines of one target for a group, which stays with its target until that has none left.
+        """Lines for a group: of the target it is at, and when that has no more, of the next.
 
-        Then it gets the one with the most lines for each group that is at it. Suspects come
-        among themselves.
+        The next is the one with the most lines for each group that is at it. Suspects come among
+        themselves.
 
         Args:
             group: whoever asks.
             holds: targets that it can ask; none: any.
             limit: lines at the most.
         """
-        target = self._target(group, holds)
-        if target is None:
-            return []
-        self._current[group] = target
-        queue = self._queues[target]
-        if not queue.ready and queue.unread:
-            read = self._ledger.to_ask(target, queue.cursor, FETCH)
-            queue.ready.extend(read)
-            # none where it was finished or given to another meanwhile
-            queue.unread = queue.unread - len(read) if read else 0
-            queue.cursor = read[-1].number if read else queue.cursor
-        if queue.ready:
-            lines = [queue.ready.popleft() for _ in range(min(limit, len(queue.ready)))]
-        else:
-            lines = _suspects(queue, limit)
+        lines: list[Line] = []
+        while len(lines) < limit and (target := self._target(group, holds)) is not None:
+            self._current[group] = target
+            queue = self._queues[target]
+            self._read(target, queue)
+            if queue.ready:
+                room = limit - len(lines)
+                lines += [queue.ready.popleft() for _ in range(min(room, len(queue.ready)))]
+            elif queue.suspects:
+                if not lines:
+                    lines = _suspects(queue, limit)
+                break
         self._in_hand += len(lines)
         return lines
+
+    def _read(self, target: str, queue: _Queue) -> None:
+        """Have lines of a target in memory, if there are any."""
+        if queue.ready or not queue.unread:
+            return
+        read = self._ledger.to_ask(target, queue.cursor, FETCH)
+        queue.ready.extend(read)
+        # none where it was finished or given to another meanwhile
+        queue.unread = queue.unread - len(read) if read else 0
+        queue.cursor = read[-1].number if read else queue.cursor
 
     def done(self, lines: int = 1) -> None:
         """So many lines in hand are over."""
@@ -125,7 +132,5 @@ class Backlog:
 
 
 def _suspects(queue: _Queue, limit: int) -> list[Line]:
-    if not queue.suspects:
-        return []
     size = max(1, limit >> 2 * (queue.suspects[0].losses - SUSPECT + 1))
     return [queue.suspects.popleft() for _ in range(min(size, len(queue.suspects)))]

@@ -1,7 +1,7 @@
 """Asking all lines that are left, from as many seats as there are, until each is over.
 
-A seat takes lines of one expert, asks them, notes what comes back, and takes more. Lines that come
-back without an answer are asked again; one that keeps taking engines along is asked alone, and
+A seat takes lines, expert by expert, asks them, notes what comes back, and takes more. Lines that
+come back without an answer are asked again; one that keeps taking engines along is asked alone, and
 given up in the end. Knows nothing of who answers, or of where results are written.
 """
 

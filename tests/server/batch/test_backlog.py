@@ -29,9 +29,18 @@ def test_a_group_stays_with_its_expert_and_others_get_others(tmp_path: Path) -> 
         second = lines.take("b", None, 4)
         assert {line.target for line in first} == {"e0"}
         assert {line.target for line in second} == {"e1"}
-        assert [line.target for line in lines.take("a", None, 4)] == ["e0", "e0"]
+        assert [line.target for line in lines.take("a", None, 2)] == ["e0", "e0"]
         assert lines.take("c", frozenset({"e2"}), 4)[0].target == "e2"
         assert lines.take("c", frozenset({"e2"}), 4) == []
+
+
+def test_a_block_is_filled_from_the_next_experts_one_after_the_other(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        fill(ledger, [2, 3, 1, 9])
+        lines = Backlog(ledger)
+        held = frozenset({"e0", "e1", "e2"})
+        assert [line.target for line in lines.take("a", held, 4)] == ["e1"] * 3 + ["e0"]
+        assert [line.target for line in lines.take("a", held, 4)] == ["e0", "e2"]
 
 
 def test_suspects_come_apart_in_smaller_and_smaller_blocks(tmp_path: Path) -> None:
