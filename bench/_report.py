@@ -36,8 +36,8 @@ class Report:
         ok = True
         if goal is not None:
             sign, bound = goal.split()
-            ok = COMPARE[sign](value, float(bound))
-        self.figures[key] = {"value": value, "unit": unit, "goal": goal, "ok": ok}
+            ok = bool(COMPARE[sign](value, float(bound)))
+        self.figures[key] = {"value": float(value), "unit": unit, "goal": goal, "ok": ok}
         note(f"  {key} = {value:.4g} {unit}" + (f" (goal {goal})" if goal else ""))
 
     def miss(self, key: str, unit: str, goal: str | None, why: str) -> None:

@@ -1,4 +1,4 @@
-"""The router's cascade: how much the student answers, how often as the embedder, what it all costs.
+"""The router's cascade: what its students answer, how often as the embedder, what it all costs.
 
 A router with a student is fitted on each of two corpora as `introvert fit` does it, and looked at
 with texts that neither the fit nor the choice of the limits has seen: short and hard queries
@@ -121,11 +121,14 @@ def fit(corpus: Corpus, report: Report) -> Fitted:
 
 
 def measure_agreement(fitted: Fitted, report: Report) -> None:
-    """What the student answers of the test texts, and what its disagreements cost."""
+    """What the students answer of the test texts, and what their disagreements cost."""
     key, texts = fitted.corpus.key, fitted.corpus.test
     judge(key, fitted, texts, fitted.cosines, report, goal=GOALS[key])
     record = fitted.router.student
     report.conditions[f"{key}_student"] = record.model_dump(exclude={"settings"})
+    if fitted.router.encoder is not None:
+        record = fitted.router.encoder
+        report.conditions[f"{key}_encoder"] = record.model_dump(exclude={"settings"})
     if key != "corpus":
         return
     from router.distillation import cut_pieces
@@ -144,12 +147,14 @@ def judge(
     *,
     goal: str | None,
 ) -> None:
-    """Compare the student's answers with the embedder's; abstaining differs from any expert."""
+    """Compare the students' answers with the embedder's; abstaining differs from any expert."""
     from router.conversation import Message
 
-    routes = [fitted.router.quick_route([Message("user", text)]) for text in texts]
-    places = [place for place, route in enumerate(routes) if route is not None]
-    clusters = np.array([route.cluster for route in routes if route is not None], dtype=np.int64)
+    alone = [fitted.router.quick_route([Message("user", text)]) for text in texts]
+    report.add(f"{key}_answered_by_first", np.mean([r is not None for r in alone]), "")
+    routes = fitted.router.route_conversations([[Message("user", text)] for text in texts])
+    places = [place for place, route in enumerate(routes) if route.by == "student"]
+    clusters = np.array([routes[place].cluster for place in places], dtype=np.int64)
     found = cosines[places]
     right = (clusters == found.argmax(axis=1)) & (found.max(axis=1) >= fitted.router.threshold)
     regret = found.max(axis=1) - found[np.arange(len(places)), clusters]
@@ -181,18 +186,20 @@ def measure_embedder(fitted: Fitted, report: Report) -> None:
 
 
 def measure_student(fitted: Fitted, report: Report) -> None:
-    """The student alone: one query, and many at once."""
+    """The students alone: one query, and many at once."""
     texts = fitted.corpus.test
-    student = fitted.router._cascade.student
+    first, *others = fitted.router._cascade.steps
     with one_core():
-        timed(student.guess, texts[:100])
-        times = timed(student.guess, texts)
+        timed(first.student.guess, texts[:100])
+        times = timed(first.student.guess, texts)
         report.add("student_ms", 1e3 * statistics.median(times), "ms", "<= 0.1")
+        for second in others:
+            times = timed(second.student.guess, texts[:EMBEDDED_SINGLY])
+            report.add("encoder_ms", 1e3 * statistics.median(times), "ms")
         batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-        cascade = fitted.router._cascade
         per_text = statistics.median(
             took / len(batch)
-            for took, batch in zip(timed(cascade.sure_guesses, batches), batches, strict=True)
+            for took, batch in zip(timed(first.student.guess_many, batches), batches, strict=True)
         )
         report.add("student_prompts_per_s", 1 / per_text, "prompts/s", ">= 5000")
         some = batches[:4]
@@ -249,6 +256,7 @@ def main() -> int:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--data", type=Path, default=DATA, help="directory of the corpora")
     arguments.add_argument("--clinc", type=Path, help="CLINC150 as JSONL; default: in --data")
+    arguments.add_argument("--only", choices=sorted(CLUSTERS), help="one of the corpora")
     options = arguments.parse_args()
     report = Report("router", conditions={"quick": options.quick})
     sources = {
@@ -257,6 +265,8 @@ def main() -> int:
     }
     timed_on: Fitted | None = None
     for key, (read, place) in sources.items():
+        if options.only not in (None, key):
+            continue
         try:
             corpus = read(place)
         except FileNotFoundError as error:

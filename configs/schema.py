@@ -143,8 +143,11 @@ class RouterConfig(Section):
     """Texts embedded at once."""
     student: bool = True
     """Distil a fast student of the embedder at fit time, which answers where it is sure."""
+    encoder_layers: Annotated[int, Field(ge=0)] = 2
+    """Layers of the embedder that a second student keeps, which is asked where the first is not
+    sure; 0: there is none. Fitting on a CPU takes minutes longer with it."""
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Share of the student's answers that must be the embedder's own: sets how sure is sure."""
+    """Share of the students' answers that must be the embedder's own: sets how sure is sure."""
     runtime: Runtime = "auto"
     """What computes the embedder while serving; `auto`: ONNX Runtime on a CPU where its vectors
     agree with torch's, else torch."""

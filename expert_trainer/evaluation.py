@@ -75,6 +75,17 @@ class SingleTry(Record):
     seconds: float
 
 
+class StudentEvaluation(Record):
+    """What it costs that the router's student answers where the embedder would."""
+
+    documents: int
+    """That the student answered."""
+    agreement: float
+    """Share of them for which the embedder chooses the same expert, or the base as well."""
+    regret: float
+    """Nats per token by which these documents' loss is higher than with the embedder's choice."""
+
+
 class Evaluation(Record):
     """What `introvert evaluate` reports."""
 
@@ -86,6 +97,8 @@ class Evaluation(Record):
     headroom_closed: float | None
     """Percent of the loss between base and hindsight that routing gains; none without any."""
     abstained: int
+    student: StudentEvaluation | None = None
+    """None where no student answered anything."""
     single: list[SingleTry]
     """The grid of the single adapter, the chosen one marked; empty where it was left out."""
     experts_tokens_seen: int
@@ -121,7 +134,7 @@ def evaluate(config: RunConfig, on_event: OnEvent = ignore, *, baseline: bool = 
         single = next((adapter for adapter, attempt in tries if attempt.chosen), None)
         losses = _measure(config, bundle, documents, single, on_event)
     tokens = losses[BASE_ARM][:, 1]
-    choices = [served.index(route.expert) if route.expert in served else None for route in routes]
+    choices = _choices(routes, served)
     nats = losses_by_arm(losses, served, choices, seed=config.seed)
     nearest = np.array([route.cluster for route in routes])
     abstained = np.array([route.abstained for route in routes])
@@ -146,6 +159,7 @@ def evaluate(config: RunConfig, on_event: OnEvent = ignore, *, baseline: bool = 
         ],
         headroom_closed=headroom_closed(nats),
         abstained=int(abstained.sum()),
+        student=_judged(config, bundle, documents, routes, losses),
         single=[attempt for _, attempt in tries],
         experts_tokens_seen=sum(
             bundle.card(entry).tokens_seen for entry in bundle.manifest.experts
@@ -183,6 +197,38 @@ def serving_routes(config: RunConfig, bundle: Bundle, documents: Sequence[Docume
     """Where serving would send each document, the stickiness of chats included."""
     router = Router.load(bundle.router_dir, device=config.router.device)
     return router.route_conversations([request_of(document) for document in documents])
+
+
+def _choices(routes: Sequence[Route], served: Sequence[str]) -> list[int | None]:
+    """The expert of each route as an index into `served`; none: the base."""
+    return [served.index(route.expert) if route.expert in served else None for route in routes]
+
+
+def _judged(
+    config: RunConfig,
+    bundle: Bundle,
+    documents: Sequence[Document],
+    routes: Sequence[Route],
+    losses: dict[str, np.ndarray],
+) -> StudentEvaluation | None:
+    """The student's choices against those that the embedder makes of the same documents."""
+    places = [place for place, route in enumerate(routes) if route.by == "student"]
+    if not places:
+        return None
+    served = [entry.id for entry in bundle.manifest.served]
+    router = Router.load(bundle.router_dir, device=config.router.device)
+    whole = router.embedder_routes([request_of(documents[place]) for place in places])
+    chosen, wanted = _choices([routes[place] for place in places], served), _choices(whole, served)
+    some = {arm: rows[places] for arm, rows in losses.items()}
+    nats, best = (
+        losses_by_arm(some, served, choices, seed=config.seed)["routed"]
+        for choices in (chosen, wanted)
+    )
+    return StudentEvaluation(
+        documents=len(places),
+        agreement=float(np.mean([a == b for a, b in zip(chosen, wanted, strict=True)])),
+        regret=float((nats - best).sum() / max(1, some[BASE_ARM][:, 1].sum())),
+    )
 
 
 def _train_single(

@@ -112,6 +112,7 @@ def sure_from(
     *,
     target: float,
     floor: float,
+    before: tuple[int, int] = (0, 0),
 ) -> Sureness:
     """The limits that let the student answer most while its agreement holds the target.
 
@@ -126,6 +127,8 @@ def sure_from(
         agrees: whether each of its answers is the embedder's, shape (N,).
         target: least agreement.
         floor: no estimate below it is believed: the threshold of abstention.
+        before: answers to other texts that another student has given already, and how many of
+            them were disagreements; the target is that of all answers together.
     """
     confidence = np.asarray(confidences, dtype=np.float64)
     score = np.asarray(scores, dtype=np.float64)
@@ -136,7 +139,7 @@ def sure_from(
     floors = {floor, *(max(floor, float(np.quantile(score, share))) for share in TRIED_FLOORS)}
     for least in sorted(floors):
         kept = score >= least
-        count, limit = _most_answers(confidence[kept], right[kept], target)
+        count, limit = _most_answers(confidence[kept], right[kept], target, before)
         if count > best.answered * right.size:
             believed = kept & (confidence >= limit)
             best = Sureness(
@@ -150,13 +153,17 @@ def sure_from(
 
 
 def _most_answers(
-    confidence: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], target: float
+    confidence: npt.NDArray[np.float64],
+    right: npt.NDArray[np.bool_],
+    target: float,
+    before: tuple[int, int],
 ) -> tuple[int, float]:
     """How many of the most confident answers hold the target, and the least confident of them."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
-    wrong = np.cumsum(~right[order])
-    bound = (wrong + 1 + np.sqrt(wrong + 0.75)) / np.arange(1, len(order) + 1)
+    wrong = before[1] + np.cumsum(~right[order])
+    answers = before[0] + np.arange(1, len(order) + 1)
+    bound = (wrong + 1 + np.sqrt(wrong + 0.75)) / answers
     # Equal confidences are believed together or not at all.
     last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
     good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))

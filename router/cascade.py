@@ -1,7 +1,7 @@
-"""A fast student before the slow embedder: which of its guesses are taken for the answer.
+"""Fast students before the slow embedder: which of their guesses are taken for the answer.
 
-How sure it must be was measured at fit time, for short texts and for long ones. Knows nothing of
-how a student guesses, nor of what becomes of a text that it is not sure of.
+How sure each must be was measured at fit time, for short texts and for long ones. Knows nothing of
+how a student guesses, nor of what becomes of a text that none is sure of.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class StudentRecord(BaseModel):
     long: Sureness
     """Limits for longer ones."""
     documents: Measured
-    """On whole held-out documents."""
+    """On whole held-out documents; of a second student, with what the first has answered."""
     pieces: Measured
-    """On sentences and other parts of them."""
+    """On sentences and other parts of them, likewise."""
     lead_error: float
     """What the estimated lead of a cluster over another is off by, at the target's quantile."""
     training_texts: int
@@ -110,21 +110,29 @@ class StudentRecord(BaseModel):
 
 
 class Cascade:
-    """A student that answers where it is sure.
+    """A student that answers where it is sure, and what is asked where it is not.
 
     Args:
         student: guesses.
         record: how sure it must be.
         max_tokens: of a text, which are all that the embedder reads.
+        second: a slower and better one, asked where this one is not sure.
     """
 
-    def __init__(self, student: Guesser, record: StudentRecord, max_tokens: int) -> None:
+    def __init__(
+        self,
+        student: Guesser,
+        record: StudentRecord,
+        max_tokens: int,
+        second: Cascade | None = None,
+    ) -> None:
         self.student = student
         self.record = record
+        self.second = second
         self._characters = max_tokens * CHARACTERS_PER_TOKEN
 
     def sure_guess(self, text: str) -> Guess | None:
-        """The student's guess, if it can be taken for the answer."""
+        """The first student's guess, if it can be taken for the answer."""
         limits = self.record.short if is_short(text) else self.record.long
         if limits.confidence is None:
             return None
@@ -132,21 +140,31 @@ class Cascade:
         return guess if limits.allows(guess.confidence, guess.score) else None
 
     def sure_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
-        """`sure_guess` of each text, at once."""
+        """A guess for each text, at once: the first that is sure; none where nobody is."""
         return self.guesses(texts, sure_only=True)
 
     def guesses(self, texts: Sequence[str], *, sure_only: bool) -> list[Guess | None]:
-        """A guess for each text, at once; none where it is not sure enough, if that counts."""
+        """A guess for each text, at once; none where no student is sure enough, if that counts.
+
+        Where it does not, the first student alone is asked, which is the fastest.
+        """
         guesses = self.student.guess_many([text[: self._characters] for text in texts])
-        return [
+        if not sure_only:
+            return list(guesses)
+        found: list[Guess | None] = [
             guess
-            if not sure_only
-            or (self.record.short if is_short(text) else self.record.long).allows(
+            if (self.record.short if is_short(text) else self.record.long).allows(
                 guess.confidence, guess.score
             )
             else None
             for text, guess in zip(texts, guesses, strict=True)
         ]
+        left = [place for place, guess in enumerate(found) if guess is None]
+        if self.second is not None and left:
+            more = self.second.sure_guesses([texts[place] for place in left])
+            for place, guess in zip(left, more, strict=True):
+                found[place] = guess
+        return found
 
     def leads(self, guess: Guess, home: int, margin: float) -> bool | None:
         """Whether the guessed cluster is ahead of another by more than a margin.
@@ -157,7 +175,14 @@ class Cascade:
         if not places.size:
             return None
         lead = float(guess.scores[0] - guess.scores[places[0]])
-        return None if abs(lead - margin) <= self.record.lead_error else lead > margin
+        # whichever student guessed: the one whose estimates err more
+        error = max(step.record.lead_error for step in self.steps)
+        return None if abs(lead - margin) <= error else lead > margin
+
+    @property
+    def steps(self) -> tuple[Cascade, ...]:
+        """This one and those after it."""
+        return (self, *(self.second.steps if self.second else ()))
 
 
 def is_short(text: str) -> bool:

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.schema import RouterConfig
-from router.calibration import sure_from
+from router.calibration import Sureness, sure_from
 from router.cascade import Cascade, Guess, Measured, StudentRecord, is_short, seen_by_student
-from router.embedder import Embedder
+from router.embedder import Embedder, SentenceEmbedder
+from router.encoder_training import can_be_cut, train_encoder
 from router.student_queries import made_up_queries
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ LEAST_DOCUMENTS = 1000
 has no more to say."""
 MOST_DOCUMENTS = 40_000
 """Documents to learn from."""
-MOST_PIECES, MOST_MADE_UP = 3000, 5000
+MOST_PIECES, MOST_MADE_UP = 3000, 12_000
 """Pieces, and queries made up of several documents, to learn from; each has to be embedded."""
 MEASURED_DOCUMENTS, MEASURED_PIECES = 4000, 1500
 """To measure on."""
@@ -82,7 +83,7 @@ def distil(
 ) -> Cascade | None:
     """A student of the embedder; none where there are too few texts to teach it.
 
-    Deterministic for a seed. At most 9,500 short texts are embedded for it.
+    Deterministic for a seed. At most 16,500 short texts are embedded for it.
 
     Args:
         train: what the clusters were fitted on.
@@ -123,27 +124,74 @@ def distil(
     student = Student.restore(fresh.arrays(), fresh.settings())
     exam = documents + pieces
     guesses = student.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
-    record = measure(
-        exam.texts,
-        guesses,
-        exam.cosines,
-        documents=len(documents.texts),
-        threshold=threshold,
-        target=config.agreement,
-    ).model_copy(update={"training_texts": len(lessons.texts), "settings": student.settings()})
-    _tell(record)
-    return Cascade(student, record, config.max_tokens)
+    terms = Terms(len(documents.texts), threshold, config.agreement)
+    record, answers = measure(exam.texts, guesses, exam.cosines, terms)
+    record = record.model_copy(
+        update={"training_texts": len(lessons.texts), "settings": student.settings()}
+    )
+    _tell("student", record)
+    second = None
+    if config.encoder_layers and can_be_cut(embedder):
+        assert isinstance(embedder, SentenceEmbedder), "it has layers"
+        second = _encoder(embedder, lessons, exam, answers, terms=terms, config=config, seed=seed)
+    return Cascade(student, record, config.max_tokens, second)
+
+
+def _encoder(
+    embedder: SentenceEmbedder,
+    lessons: _Sample,
+    exam: _Sample,
+    answers: Answers,
+    *,
+    terms: Terms,
+    config: RouterConfig,
+    seed: int,
+) -> Cascade:
+    """The second student, which is asked where the first is not sure."""
+    from router.encoder import Encoder
+
+    layers = config.encoder_layers
+    learnt = train_encoder(
+        embedder, lessons.texts, lessons.cosines, layers=layers, seed=seed, threads=1
+    )
+    encoder = Encoder(*learnt)
+    guesses = encoder.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
+    record, _ = measure(exam.texts, guesses, exam.cosines, terms, answers)
+    record = record.model_copy(
+        update={"training_texts": len(lessons.texts), "settings": encoder.settings()}
+    )
+    _tell("student with its encoder", record)
+    return Cascade(encoder, record, config.max_tokens)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a student is measured by."""
+
+    documents: int
+    """How many of the held-out texts, which begin with them, are documents."""
+    threshold: float
+    """Cosine below which the router abstains."""
+    target: float
+    """Agreement that is asked for."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was answered of the held-out texts, each of shape (N,)."""
+
+    sure: Flags
+    right: Flags
+    """Whether the answer is the embedder's; means nothing where there is none."""
 
 
 def measure(
     texts: list[str],
     guesses: Sequence[Guess],
     cosines: Vectors,
-    *,
-    documents: int,
-    threshold: float,
-    target: float,
-) -> StudentRecord:
+    terms: Terms,
+    before: Answers | None = None,
+) -> tuple[StudentRecord, Answers]:
     """From when on a student is believed, and what that comes to.
 
     A text on which the embedder abstains counts as a disagreement, whatever is guessed.
@@ -152,41 +200,58 @@ def measure(
         texts: held out, documents first.
         guesses: of each.
         cosines: the embedder's, shape (N, K).
-        documents: how many of the texts are documents.
-        threshold: cosine below which the router abstains.
-        target: agreement that is asked for.
+        terms: what is asked for.
+        before: of the student that is asked first; this one answers what that leaves, and the
+            target is that of both together.
+
+    Returns:
+        The record, and the answers of both.
     """
     clusters = np.array([guess.cluster for guess in guesses], dtype=np.int64)
     confidences = np.array([guess.confidence for guess in guesses], dtype=np.float64)
     scores = np.array([guess.score for guess in guesses], dtype=np.float64)
-    right = (clusters == cosines.argmax(axis=1)) & (cosines.max(axis=1) >= threshold)
+    right = (clusters == cosines.argmax(axis=1)) & (cosines.max(axis=1) >= terms.threshold)
     brief = np.array([is_short(text) for text in texts], dtype=np.bool_)
-    limits = {
-        kind: sure_from(
-            confidences[rows], scores[rows], right[rows], target=target, floor=threshold
+    taken = np.zeros(len(texts), dtype=np.bool_) if before is None else before.sure
+    earlier = right if before is None else before.right
+
+    def limits_of(kind: Flags) -> Sureness:
+        rows, done = kind & ~taken, kind & taken
+        return sure_from(
+            confidences[rows],
+            scores[rows],
+            right[rows],
+            target=terms.target,
+            floor=terms.threshold,
+            before=(int(done.sum()), int((~earlier[done]).sum())),
         )
-        for kind, rows in (("short", brief), ("long", ~brief))
-    }
-    sure = np.array(
+
+    short, long = limits_of(brief), limits_of(~brief)
+    believed = np.array(
         [
-            limits["short" if short else "long"].allows(confidence, score)
-            for short, confidence, score in zip(brief, confidences, scores, strict=True)
+            (short if is_brief else long).allows(confidence, score)
+            for is_brief, confidence, score in zip(brief, confidences, scores, strict=True)
         ],
         dtype=np.bool_,
     )
-    is_document = np.arange(len(texts)) < documents
-    return StudentRecord(
-        target=target,
-        short=limits["short"],
-        long=limits["long"],
-        documents=_measured(sure, right, is_document),
-        pieces=_measured(sure, right, ~is_document),
+    own = believed & ~taken
+    answers = Answers(sure=taken | own, right=np.where(taken, earlier, right))
+    is_document = np.arange(len(texts)) < terms.documents
+    record = StudentRecord(
+        target=terms.target,
+        short=short,
+        long=long,
+        documents=_measured(answers.sure, answers.right, is_document),
+        pieces=_measured(answers.sure, answers.right, ~is_document),
         lead_error=_lead_error(
-            [g for g, taken in zip(guesses, sure, strict=True) if taken], cosines[sure], target
+            [g for g, counts in zip(guesses, own, strict=True) if counts],
+            cosines[own],
+            terms.target,
         ),
         training_texts=0,
         settings={},
     )
+    return record, answers
 
 
 def cut_pieces(documents: list[str], most: int, random: np.random.Generator) -> list[str]:
@@ -256,11 +321,12 @@ def _lead_error(guesses: Sequence[Guess], cosines: Vectors, target: float) -> fl
     return float(np.quantile(np.abs(leads - true), target))
 
 
-def _tell(record: StudentRecord) -> None:
+def _tell(who: str, record: StudentRecord) -> None:
     for kind, found in (("documents", record.documents), ("pieces", record.pieces)):
         agreement = "" if found.agreement is None else f", {found.agreement:.1%} as the embedder"
         logger.info(
-            "the student answers %.1f%% of %d %s%s",
+            "the %s answers %.1f%% of %d %s%s",
+            who,
             100 * found.answered,
             found.texts,
             kind,

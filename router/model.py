@@ -5,9 +5,10 @@ Knows nothing of HTTP, language models or what becomes of an expert that it name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from configs.manifest import expert_id
 from configs.schema import RouterConfig, Runtime
 from router.calibration import Calibration, calibrate
-from router.cascade import Cascade, Guess, StudentRecord
+from router.cascade import Cascade, Guess, Guesser, StudentRecord
 from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
 from router.conversation import Message, opening_text, routing_text
 from router.distillation import Texts, distil
@@ -23,6 +24,7 @@ from router.embedder import Embedder
 from router.errors import RouterFormatError
 from router.serving_embedder import require_digest, serving_embedder
 from router.storage import (
+    ENCODER_FILE,
     REMEDY,
     STUDENT_FILE,
     RouterRecord,
@@ -148,8 +150,9 @@ class Router:
 
     def save(self, directory: Path) -> None:
         """Write the router as safetensors and JSON; the directory is made if missing."""
-        student = None if self._cascade is None else self._cascade.student.arrays()
-        write_router(directory, self._record, self._centroids, student)
+        steps = () if self._cascade is None else self._cascade.steps
+        students = [step.student.arrays() for step in steps]
+        write_router(directory, self._record, self._centroids, *students)
 
     def taught(self, train: Texts, heldout: Texts) -> Router:
         """This router with a student of its embedder; without one where there are too few texts.
@@ -171,7 +174,8 @@ class Router:
         )
         if cascade is None:
             return self
-        record = self._record.model_copy(update={"student": cascade.record})
+        second = cascade.second.record if cascade.second else None
+        record = self._record.model_copy(update={"student": cascade.record, "encoder": second})
         return Router(record, self._centroids, self._embedder, cascade)
 
     @property
@@ -193,6 +197,11 @@ class Router:
     def student(self) -> StudentRecord | None:
         """How far the student is believed; none where there is no student."""
         return self._record.student
+
+    @property
+    def encoder(self) -> StudentRecord | None:
+        """How far the second student is believed; none where there is none."""
+        return self._record.encoder
 
     @property
     def embedder(self) -> Embedder:
@@ -370,11 +379,26 @@ def _read_cascade(directory: Path, record: RouterRecord) -> Cascade | None:
     """The cascade of a saved router, where it has one."""
     if record.student is None:
         return None
+    from router.encoder import Encoder
     from router.student import Student
 
-    arrays = read_student(directory)
+    second, limit = None, record.config.max_tokens
+    if record.encoder is not None:
+        encoder = _restored(Encoder, directory, ENCODER_FILE, record.encoder)
+        second = Cascade(encoder, record.encoder, limit)
+    student = _restored(Student.restore, directory, STUDENT_FILE, record.student)
+    return Cascade(student, record.student, limit, second)
+
+
+def _restored(
+    make: Callable[[Mapping[str, npt.NDArray[Any]], Mapping[str, Any]], Guesser],
+    directory: Path,
+    name: str,
+    record: StudentRecord,
+) -> Guesser:
+    """A student from its file."""
+    arrays = read_student(directory, name)
     try:
-        student = Student.restore(arrays, record.student.settings)
+        return make(arrays, record.settings)
     except RouterFormatError as error:
-        raise RouterFormatError(f"{directory / STUDENT_FILE}: {error}; {REMEDY}") from None
-    return Cascade(student, record.student, record.config.max_tokens)
+        raise RouterFormatError(f"{directory / name}: {error}; {REMEDY}") from None

@@ -1,5 +1,5 @@
-"""A router on disk: `router.json`, `centroids.safetensors` and, with a student, its arrays in
-`student.safetensors`; nothing pickled.
+"""A router on disk: `router.json`, `centroids.safetensors` and, with students, their arrays in
+`student.safetensors` and `encoder.safetensors`; nothing pickled.
 
 Knows nothing of how a router is fitted or used.
 """
@@ -27,6 +27,7 @@ FORMAT = 1
 RECORD_FILE = "router.json"
 CENTROIDS_FILE = "centroids.safetensors"
 STUDENT_FILE = "student.safetensors"
+ENCODER_FILE = "encoder.safetensors"
 CENTROIDS = "centroids"
 UNIT_TOLERANCE = 1e-3
 REMEDY = "run `introvert fit` again, or publish the bundle anew"
@@ -51,6 +52,8 @@ class RouterRecord(BaseModel):
     seed: int
     student: StudentRecord | None = None
     """Of the student, where it has one."""
+    encoder: StudentRecord | None = None
+    """Of the second student, where it has one."""
 
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -62,6 +65,7 @@ def write_router(
     record: RouterRecord,
     centroids: npt.NDArray[np.float32],
     student: Arrays | None = None,
+    encoder: Arrays | None = None,
 ) -> None:
     """Write the files, each by rename, the record last; the same router gives the same bytes.
 
@@ -70,13 +74,15 @@ def write_router(
         record: what goes with the centroids.
         centroids: shape (K, D), rows of unit length.
         student: the arrays of the student whose settings the record has.
+        encoder: those of the second one, likewise.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_arrays(directory / CENTROIDS_FILE, {CENTROIDS: centroids})
-    if student is None:
-        (directory / STUDENT_FILE).unlink(missing_ok=True)
-    else:
-        _write_arrays(directory / STUDENT_FILE, student)
+    for name, arrays in ((STUDENT_FILE, student), (ENCODER_FILE, encoder)):
+        if arrays is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            _write_arrays(directory / name, arrays)
     temporary = directory / f".{RECORD_FILE}.{os.getpid()}"
     temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(directory / RECORD_FILE)
@@ -104,22 +110,26 @@ def read_router(directory: Path) -> tuple[RouterRecord, npt.NDArray[np.float32]]
     return record, centroids
 
 
-def read_student(directory: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of the student of a router that has one.
+def read_student(directory: Path, name: str = STUDENT_FILE) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a student of a router that has one.
+
+    Args:
+        directory: of the router.
+        name: of the student's file.
 
     Raises:
         RouterFormatError: they are missing or damaged.
     """
     try:
-        arrays: dict[str, npt.NDArray[Any]] = load_file(directory / STUDENT_FILE)
+        arrays: dict[str, npt.NDArray[Any]] = load_file(directory / name)
     except FileNotFoundError:
         raise RouterFormatError(
-            f"no whole router in {directory}: {STUDENT_FILE} is missing; {REMEDY}"
+            f"no whole router in {directory}: {name} is missing; {REMEDY}"
         ) from None
     except OSError as error:
         raise RouterFormatError(f"the router in {directory} cannot be read: {error}") from None
     except SafetensorError:
-        raise RouterFormatError(f"{directory / STUDENT_FILE} is damaged; {REMEDY}") from None
+        raise RouterFormatError(f"{directory / name} is damaged; {REMEDY}") from None
     return arrays
 
 

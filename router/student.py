@@ -7,7 +7,6 @@ comes with a confidence over which others set their threshold. Guessing is plain
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.errors import RouterFormatError
+from router.guess import TEMPERATURE, Guess, best_logits, guesses_of
 from router.student_confidence import (
     MEASURES,
     UNFITTED,
@@ -23,37 +23,19 @@ from router.student_confidence import (
     measures_of,
 )
 from router.student_features import features_of, words_of
-from router.student_training import TEMPERATURE, Cosines, Layers, best_targets, train
+from router.student_training import Cosines, Layers, best_targets, train
 from router.student_vocabulary import Vocabulary
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 FORMAT = 1
-TOP = 16
-"""Best clusters that a guess names."""
 MOST_TEXTS = 50_000
 """Texts fitted on; a sample of more."""
 HELDOUT_SHARE = 0.06
 """Of the texts, to fit the confidence on; none where these were fewer than `LEAST_HELDOUT`."""
 LEAST_HELDOUT = 100
 BATCH = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """What the embedder probably says of one text."""
-
-    cluster: int
-    """The cluster whose centroid is nearest, by estimate."""
-    confidence: float
-    """In [0, 1], growing with the chance that the embedder names the same cluster."""
-    score: float
-    """Estimate of the cosine of the text and that centroid, in [-1, 1]."""
-    scores: Floats
-    """Estimates for the best clusters, falling, shape (min(K, `TOP`),)."""
-    clusters: Indices
-    """The clusters of `scores`."""
 
 
 class Student:
@@ -165,22 +147,9 @@ class Student:
 
     def _guess(self, texts: Sequence[str]) -> list[Guess]:
         logits_NK, unknown_N, words_N = self._logits(texts)
-        count = min(TOP, self.clusters)
-        if count < self.clusters:
-            best_NT = np.argpartition(logits_NK, -count, axis=1)[:, -count:]
-        else:
-            best_NT = np.broadcast_to(np.arange(count), logits_NK.shape)
-        values_NT = np.take_along_axis(logits_NK, best_NT, axis=1)
-        order_NT = np.argsort(-values_NT, axis=1, kind="stable")
-        values_NT = np.take_along_axis(values_NT, order_NT, axis=1)
-        best_NT = np.take_along_axis(best_NT, order_NT, axis=1)
+        values_NT, best_NT = best_logits(logits_NK)
         measures = measures_of(logits_NK, values_NT, unknown_N, words_N)
-        confidences = confidence_of(measures, self._confidence).tolist()
-        scores_NT = np.clip(values_NT * np.float32(TEMPERATURE), -1, 1)
-        return [
-            Guess(int(best[0]), confidence, float(scores[0]), scores, best)
-            for best, confidence, scores in zip(best_NT, confidences, scores_NT, strict=True)
-        ]
+        return guesses_of(values_NT, best_NT, confidence_of(measures, self._confidence))
 
     def _logits(self, texts: Sequence[str]) -> tuple[Floats, Floats, Indices]:
         words = [words_of(text) for text in texts]

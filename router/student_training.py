@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from router.guess import TEMPERATURE
+
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Cosines = Floats | Callable[[Indices], Floats]
 """The embedder's cosines of N texts with K centroids, or what gives those of some texts."""
-
-TEMPERATURE = 0.05
-"""Cosines are divided by this before the softmax."""
 
 TARGETS = 32
 """Best clusters of a text whose cosines are learned; of the others, that they are not these."""
@@ -129,12 +128,12 @@ def train(bags: Bags, targets: Targets, features: int, *, seed: int, threads: in
         torch.optim.AdamW(parts[1:], lr=LAYER_RATE, weight_decay=0.01),
     )
     rates = TABLE_RATE, LAYER_RATE
-    with _threads(threads):
+    with torch_threads(threads):
         for rate, places in _schedule(len(targets.cosines), rng):
             for optimizer, full in zip(optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = full * rate
                 optimizer.zero_grad()
-            _loss(_logits(parts, bags, places, rng), targets, places).backward()
+            loss_of(_logits(parts, bags, places, rng), targets, places).backward()
             for optimizer in optimizers:
                 optimizer.step()
     return Layers(*(part.detach().numpy() for part in parts))
@@ -176,7 +175,8 @@ def _logits(parts: list[Any], bags: Bags, places: Indices, rng: np.random.Genera
     return (hidden_NH * kept) @ parts[3] + parts[4]
 
 
-def _loss(logits_NK: Any, targets: Targets, places: Indices) -> Any:
+def loss_of(logits_NK: Any, targets: Targets, places: Indices) -> Any:
+    """How far the logits of some texts, shape (n, K), are from their targets; a scalar tensor."""
     import torch
 
     cosines_NT = torch.from_numpy(targets.cosines[places]) / TEMPERATURE
@@ -188,7 +188,8 @@ def _loss(logits_NK: Any, targets: Targets, places: Indices) -> Any:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Bound torch's threads for a while."""
     import torch
 
     before = torch.get_num_threads()

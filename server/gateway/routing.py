@@ -2,7 +2,8 @@
 
 The ids of experts mean something within one bundle only, so a router is used for the bundle that
 it is part of and for no other. A text that the router's student is sure of is routed on the event
-loop at once; the others wait for the embedder, which takes them in batches in a thread of its own.
+loop at once; the others are taken in batches in a thread of their own, by a second student and, at
+the last, by the embedder.
 This module knows nothing of workers, of HTTP, or of how a router decides.
 """
 
@@ -51,8 +52,8 @@ class TextRouter(Protocol):
         """Where a conversation goes, if that can be told in a fraction of a millisecond."""
         ...
 
-    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
-        """Where each conversation goes, by the full embedder."""
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+        """Where each conversation goes, in the time that it takes."""
         ...
 
 
@@ -160,7 +161,7 @@ class BundleRouting:
             return
         self.router = loaded.router
         self._embedding = Batcher(
-            loaded.router.embedder_routes, embedding, BATCH_REQUESTS, WAITING_REQUESTS
+            loaded.router.route_conversations, embedding, BATCH_REQUESTS, WAITING_REQUESTS
         )
         self._state, self._detail = "ready", ""
         logger.info("routing by the router of bundle %s", loaded.bundle)

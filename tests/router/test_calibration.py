@@ -120,6 +120,16 @@ def test_nothing_short_of_certainty_is_enough_for_a_target_of_one() -> None:
     assert found.agreement is None
 
 
+def test_what_another_has_answered_counts_towards_the_target() -> None:
+    texts = np.linspace(1, 0.5, 150)
+    alone = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0)
+    assert alone.confidence is None, "150 texts alone prove nothing"
+    after = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=(1000, 2))
+    assert after.answered == 1.0
+    worse = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=(1000, 12))
+    assert worse.confidence is None
+
+
 def test_equal_confidences_are_believed_together_or_not_at_all() -> None:
     right = np.array([True] * 400 + [False] * 100)
     assert sure(np.ones(500), right).confidence is None

@@ -126,6 +126,21 @@ def test_what_the_student_is_sure_of_needs_no_embedder() -> None:
     assert router.quick_route(turns("0.95 0.75 0.25")) == route
 
 
+def test_a_second_student_is_asked_what_the_first_is_not_sure_of() -> None:
+    router, first, embedder = make_router()
+    second = Parrot()
+    cascade = Cascade(first, make_record(), 128, Cascade(second, make_record(short=0.8), 128))
+    both = Router(router._record, router.centroids, embedder, cascade)
+    texts = ["0.95 0.75 0.25", "0.85 0.75 0.25", "0.75 0.75 0.25"]
+    routes = both.route_conversations([turns(text) for text in texts])
+    assert [route.by for route in routes] == ["student", "student", "embedder"]
+    assert [route.expert for route in routes] == ["expert-0000", "expert-0000", "expert-0001"]
+    assert second.asked == texts[1:]
+    assert embedder.calls == [texts[2:]]
+    assert both.quick_route(turns(texts[1])) is None, "it is not quick enough for that"
+    assert len(second.asked) == 2
+
+
 @pytest.mark.parametrize(
     "text", ["0.89 0.75 0.25", "0.95 0.49 0.25"], ids=["not confident", "perhaps nobody's"]
 )

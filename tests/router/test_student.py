@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from router.errors import RouterFormatError
-from router.student import TOP, Guess, Student
+from router.guess import TOP, Guess
+from router.student import Student
 
 SUBJECTS = {
     "money": ("account", "balance", "transfer", "deposit", "savings", "card", "bank"),

@@ -194,7 +194,7 @@ class FakeRouter:
     def quick_route(self, messages: Sequence[Message]) -> Route | None:
         return None
 
-    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))
         return [self._route(messages[-1].text) for messages in conversations]
 

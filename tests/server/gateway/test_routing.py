@@ -112,7 +112,7 @@ class Fixed:
             return None
         return Route(self._expert, 0, 0.9, 0.1, False, (), by="student")
 
-    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.begun.set()
         assert self.gate.wait(60)
         self.embedded += [messages[-1].text for messages in conversations]
@@ -132,11 +132,11 @@ class Gated:
     def quick_route(self, messages: Sequence[Message]) -> Route | None:
         return None
 
-    def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
+    def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))
         self.begun.set()
         assert self.gate.wait(60)
-        return self._router.embedder_routes(conversations)
+        return self._router.route_conversations(conversations)
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""A guess at what the embedder would say of a text, and how it is read from a student's logits.
+
+Knows nothing of how the logits came about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+TEMPERATURE = 0.05
+"""Logits times this are estimates of cosines."""
+TOP = 16
+"""Best clusters that a guess names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What the embedder probably says of one text."""
+
+    cluster: int
+    """The cluster whose centroid is nearest, by estimate."""
+    confidence: float
+    """In [0, 1], growing with the chance that the embedder names the same cluster."""
+    score: float
+    """Estimate of the cosine of the text and that centroid, in [-1, 1]."""
+    scores: Floats
+    """Estimates for the best clusters, falling, shape (min(K, `TOP`),)."""
+    clusters: Indices
+    """The clusters of `scores`."""
+
+
+def best_logits(logits_NK: Floats) -> tuple[Floats, Indices]:
+    """The `TOP` best logits of N texts, falling, and their clusters: of shape (N, T)."""
+    count = min(TOP, logits_NK.shape[1])
+    if count < logits_NK.shape[1]:
+        best_NT = np.argpartition(logits_NK, -count, axis=1)[:, -count:]
+    else:
+        best_NT = np.broadcast_to(np.arange(count), logits_NK.shape)
+    values_NT = np.take_along_axis(logits_NK, best_NT, axis=1)
+    order_NT = np.argsort(-values_NT, axis=1, kind="stable")
+    values_NT = np.take_along_axis(values_NT, order_NT, axis=1)
+    return values_NT, np.take_along_axis(best_NT, order_NT, axis=1)
+
+
+def guesses_of(values_NT: Floats, best_NT: Indices, confidences: Floats) -> list[Guess]:
+    """Guesses of N texts from their best logits and how sure each is."""
+    scores_NT = np.clip(values_NT * np.float32(TEMPERATURE), -1, 1)
+    return [
+        Guess(int(best[0]), confidence, float(scores[0]), scores, best)
+        for best, confidence, scores in zip(best_NT, confidences.tolist(), scores_NT, strict=True)
+    ]
