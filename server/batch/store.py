@@ -423,8 +423,13 @@ class Store:
         self.finish(batch, "failed", problem)
 
     def sweep(self) -> None:
-        """Remove uploads that were never finished, and files that have expired and that no batch
-        reads any more."""
+        """Remove uploads that were never finished, ledgers of batches that are over, and files that
+        have expired and that no batch reads any more."""
+        works = list((self._directory / "work").glob("*"))  # before: no new one is among them
+        running = {batch.id for batch in self.open_batches()}
+        for work in works:
+            if work.name not in running:
+                shutil.rmtree(work, ignore_errors=True)
         marks = ", ".join("?" * len(OPEN))
         with self._writing() as database:
             expired = database.execute(

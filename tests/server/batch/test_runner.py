@@ -192,7 +192,7 @@ def answer_two_of_three(store: Store, batch: BatchRecord) -> None:
         ledger.finish([Result(1, True, b"answer"), Result(2, False, b"error")])
 
 
-def check_two_of_three(store: Store, batch: BatchRecord) -> None:
+async def check_two_of_three(store: Store, batch: BatchRecord) -> None:
     over = now(store, batch)
     assert (over.status, over.total, over.done, over.failed) == ("failed", 3, 1, 1)
     assert over.problem is not None
@@ -201,7 +201,7 @@ def check_two_of_three(store: Store, batch: BatchRecord) -> None:
     assert store.content_of(over.output_file_id).read_text() == "answer\n"
     assert store.content_of(over.error_file_id).read_text() == "error\n"
     assert store.file(batch.tenant, over.output_file_id) is not None
-    assert not store.work_of(batch).exists()
+    await until(lambda: not store.work_of(batch).exists())
 
 
 async def test_a_failed_batch_keeps_what_was_answered(store: Store) -> None:
@@ -210,7 +210,7 @@ async def test_a_failed_batch_keeps_what_was_answered(store: Store) -> None:
     answer_two_of_three(store, batch)
     async with running(store, jobs):
         await until(lambda: not store.open_batches())
-    check_two_of_three(store, batch)
+    await check_two_of_three(store, batch)
 
 
 async def test_what_was_answered_waits_for_room_on_the_disk(
@@ -231,7 +231,7 @@ async def test_what_was_answered_waits_for_room_on_the_disk(
     async with running(store, jobs):
         await until(lambda: not store.open_batches())
     assert len(tries) == 3
-    check_two_of_three(store, batch)
+    await check_two_of_three(store, batch)
 
 
 async def test_the_next_runner_goes_on_with_the_same_job(store: Store) -> None:

@@ -255,6 +255,17 @@ def test_uploads_that_nobody_finishes_go_in_time(store: Store) -> None:
     assert new.exists()
 
 
+def test_a_ledger_that_a_killed_runner_left_goes_in_time(store: Store) -> None:
+    over, running = start(store), start(store)
+    store.begin(running)
+    store.finish(over, "cancelled")
+    for batch in (over, running):
+        store.work_of(batch).mkdir()
+    store.sweep()
+    assert not store.work_of(over).exists()
+    assert store.work_of(running).exists()
+
+
 WRITER = """
 import sys
 from pathlib import Path
