@@ -114,18 +114,18 @@ class Dispatcher:
         while True:
             async with lock:  # nobody takes lines while suspects are asked
                 lines = self.backlog.take(seat.group, self._backend.holds(seat.lane), seat.block)
-                if lines and lines[0].losses >= SUSPECT:
-                    await self._ask_alone(seat, lines)
-                    continue
+                if alone := bool(lines) and lines[0].losses >= SUSPECT:
+                    answered = await self._ask_alone(seat, lines)
             if not lines:
                 await asyncio.sleep(pause)
                 continue
-            answered = await self._ask(seat, lines)
+            if not alone:
+                answered = await self._ask(seat, lines)
             pause = PAUSE_S if answered else min(2 * pause, LONGEST_PAUSE_S)
             if not answered:
                 await asyncio.sleep(pause)
 
-    async def _ask_alone(self, seat: Seat, lines: Sequence[Line]) -> None:
+    async def _ask_alone(self, seat: Seat, lines: Sequence[Line]) -> bool:
         try:
             while self._in_lane.get(seat.lane):  # noqa: ASYNC110 - one in a thousand jobs
                 await asyncio.sleep(PAUSE_S)
@@ -133,7 +133,7 @@ class Dispatcher:
             for line in lines:
                 self.backlog.give_back(line)
             raise
-        await self._ask(seat, lines)
+        return await self._ask(seat, lines)
 
     async def _ask(self, seat: Seat, lines: Sequence[Line]) -> bool:
         """Ask some lines and note what comes back; whether any answer came."""
@@ -150,8 +150,9 @@ class Dispatcher:
                     self._note(line, answer)
         except LaneLostError as lost:
             logger.info("%s went away with %d lines: %s", seat.lane, len(left), lost)
-            for line in left.values():
-                line.losses += 1
+            if lost.reached:  # an engine may be away for long before anybody knows
+                for line in left.values():
+                    line.losses += 1
         finally:
             self._in_lane[seat.lane] -= 1
             for line in left.values():

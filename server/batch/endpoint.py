@@ -122,6 +122,8 @@ class EndpointBackend:
             try:
                 async with self._http.post(self._url + line.path, data=_body(line)) as response:
                     content, headers = await response.read(), response.headers
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                raise LaneLostError(str(error), reached=False) from None
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise LaneLostError(str(error) or type(error).__name__) from None
             self._heard = asyncio.get_running_loop().time()

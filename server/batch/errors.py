@@ -45,4 +45,12 @@ class LineError(Exception):
 
 
 class LaneLostError(Exception):
-    """Whoever was asked went away; lines without an answer are asked again."""
+    """Whoever was asked went away; lines without an answer are asked again.
+
+    Attributes:
+        reached: whether the lines may have got there, so that they may be what it went away of.
+    """
+
+    def __init__(self, reason: str, *, reached: bool = True) -> None:
+        self.reached = reached
+        super().__init__(reason)

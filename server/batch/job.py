@@ -72,6 +72,21 @@ def check_job(spec: JobSpec) -> list[str]:
     return files
 
 
+def write_finished(spec: JobSpec) -> Counts | None:
+    """Write what a job that will not go on has finished; none where it has not begun.
+
+    Its ledger stays.
+
+    Raises:
+        BatchError: it cannot be read, or the outputs not be written.
+    """
+    if not has_begun(spec.work):
+        return None
+    with Ledger(spec.work) as ledger:
+        _write(spec, ledger)
+        return Counts(*ledger.counts())
+
+
 def has_begun(work: Path) -> bool:
     """Whether a job in that work directory was interrupted."""
     return (work / "ledger.sqlite").is_file()
@@ -117,11 +132,7 @@ class _Run:
                 )
                 await self._dispatcher.run(cancelled)
         with self._timed("writing"):
-            ledger, spec = self._ledger, self._spec
-            answers = ledger.contents(ok=True, in_order=spec.in_order)
-            write_output(spec.output, answers, spec.work)
-            errors = ledger.contents(ok=False, in_order=True)
-            write_output(spec.errors, errors, spec.work)
+            _write(self._spec, self._ledger)
         self._phase = "done"
         self._tell()
         return self._counts()
@@ -164,6 +175,11 @@ class _Run:
             before = found.get(expert, (0, 0))
             found[expert] = (before[0] + done, before[1] + total)
         return found
+
+
+def _write(spec: JobSpec, ledger: Ledger) -> None:
+    write_output(spec.output, ledger.contents(ok=True, in_order=spec.in_order), spec.work)
+    write_output(spec.errors, ledger.contents(ok=False, in_order=True), spec.work)
 
 
 def _claim(ledger: Ledger, spec: JobSpec, files: Sequence[str]) -> None:

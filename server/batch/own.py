@@ -155,7 +155,7 @@ class OwnBackend:
         assert self._http, "it has been entered"
         url = self._urls.get(lane)
         if url is None:
-            raise LaneLostError("the worker is not ready any more")
+            raise LaneLostError("the worker is not ready any more", reached=False)
         body = b"\n".join(map(_request, lines))
         left = {line.number: line for line in lines}
         rest = b""
@@ -168,6 +168,8 @@ class OwnBackend:
                     for raw in whole:
                         if raw and (line := left.pop((found := _REPLY.decode(raw)).id, None)):
                             yield self._answer(line, found)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise LaneLostError(str(error), reached=False) from None
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
             raise LaneLostError(str(error) or type(error).__name__) from None
         if left:

@@ -25,7 +25,7 @@ from typing import Protocol
 from configs.schema import RunConfig
 from server.batch.endpoint import EndpointBackend
 from server.batch.errors import BatchError
-from server.batch.job import run_job
+from server.batch.job import run_job, write_finished
 from server.batch.store import DIRECTORY, BatchRecord, Problem, Store
 from server.batch.types import Counts, JobSpec
 from server.gateway.tenants import ON_BEHALF
@@ -35,10 +35,13 @@ logger = logging.getLogger("server.batch.runner")
 
 LOOK_S = 0.5
 """Between two looks at the store."""
+SWEEP_S = 60.0
+"""Between two looks for what nobody needs any more."""
 ATTEMPTS = 3
 """Times that a batch is tried before it has failed, where another try might do."""
 PAUSE_S = 5.0
 """Before the second try, doubled before the next."""
+LONGEST_PAUSE_S = 600.0
 USAGE_ERROR = 2
 """Exit code of errors that no other try would mend."""
 
@@ -89,9 +92,12 @@ class Runner:
     async def run(self) -> None:
         """For ever."""
         running: dict[str, asyncio.Task[None]] = {}
+        swept = -SWEEP_S
         try:
-            await asyncio.to_thread(self._store.sweep)
             while True:
+                if time.monotonic() - swept >= SWEEP_S:
+                    swept = time.monotonic()
+                    await self._sweep()
                 for batch in await self._open():
                     if len(running) >= self._at_once:
                         break
@@ -104,6 +110,12 @@ class Runner:
             for task in running.values():
                 task.cancel()
             await asyncio.gather(*running.values(), return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        try:
+            await asyncio.to_thread(self._store.sweep)
+        except Exception:  # as below
+            logger.exception("files that nobody needs cannot be removed")
 
     async def _open(self) -> list[BatchRecord]:
         try:
@@ -130,12 +142,32 @@ class Runner:
 
     async def _failed(self, batch: BatchRecord, problem: Problem, *, final: bool) -> None:
         failures = self._failures[batch.id] = self._failures.get(batch.id, 0) + 1
-        self._rests_until[batch.id] = time.monotonic() + self._pause_s * 2.0 ** (failures - 1)
+        pause = min(self._pause_s * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
+        self._rests_until[batch.id] = time.monotonic() + pause
         if final or failures >= ATTEMPTS:
             try:
+                await self._keep(batch)
                 await asyncio.to_thread(self._store.fail, batch, problem)
             except Exception:  # then it is tried once more
                 logger.exception("%s: its failure cannot be written down", batch.id)
+
+    async def _keep(self, batch: BatchRecord) -> None:
+        """Write what a batch that fails has finished; until it expires, room may come for it.
+
+        Raises:
+            BatchError: it cannot be, and may later.
+        """
+        try:
+            counts = await asyncio.to_thread(write_finished, self._spec(batch))
+        except BatchError as error:
+            if time.time() < batch.expires_at:
+                raise
+            logger.error("%s: what was answered is lost: %s", batch.id, error)
+            return
+        if counts is not None:
+            await asyncio.to_thread(
+                self._store.progress, batch, counts.total, counts.done, counts.failed
+            )
 
     async def _try(self, batch: BatchRecord) -> None:
         store = self._store
@@ -150,13 +182,7 @@ class Runner:
                 return
             if not await asyncio.to_thread(store.begin, batch):
                 return
-        spec = JobSpec(
-            inputs=(str(store.content_of(batch.input_file_id)),),
-            output=str(store.output_of(batch)),
-            errors=str(store.errors_of(batch)),
-            work=store.work_of(batch),
-            endpoint=batch.endpoint,
-        )
+        spec = self._spec(batch)
         watch = _Watch(store, batch, self._look_s)
         watching = asyncio.create_task(watch.run())
         try:
@@ -176,6 +202,16 @@ class Runner:
             await asyncio.to_thread(store.finish, batch, "completed")
         self._failures.pop(batch.id, None)
         logger.info("%s is over: %d of %d answered", batch.id, counts.done, counts.total)
+
+    def _spec(self, batch: BatchRecord) -> JobSpec:
+        store = self._store
+        return JobSpec(
+            inputs=(str(store.content_of(batch.input_file_id)),),
+            output=str(store.output_of(batch)),
+            errors=str(store.errors_of(batch)),
+            work=store.work_of(batch),
+            endpoint=batch.endpoint,
+        )
 
 
 def _is_done(spec: JobSpec) -> bool:

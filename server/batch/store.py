@@ -34,7 +34,8 @@ WINDOW_S = 24 * 3600
 """From a batch's creation to its expiry."""
 STALE_S = 24 * 3600.0
 """Age of an unfinished upload that nobody will finish."""
-VERSION = 1
+VERSION = 2
+"""The second knows files that expire."""
 
 Purpose = Literal["batch", "batch_output"]
 Status = Literal[
@@ -59,7 +60,8 @@ CREATE TABLE IF NOT EXISTS files (
     filename TEXT NOT NULL,
     purpose TEXT NOT NULL,
     bytes INTEGER NOT NULL,
-    created_at INTEGER NOT NULL
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER
 );
 CREATE INDEX IF NOT EXISTS files_of_tenant ON files (tenant, number);
 CREATE TABLE IF NOT EXISTS batches (
@@ -90,6 +92,14 @@ CREATE INDEX IF NOT EXISTS batches_of_tenant ON batches (tenant, number);
 CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status, number);
 """
 
+SECOND = f"""
+BEGIN;
+ALTER TABLE files ADD COLUMN expires_at INTEGER;
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""
+"""From the first version to the second."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -102,6 +112,8 @@ class FileRecord:
     bytes: int
     created_at: int
     """Seconds since the epoch, like all moments here."""
+    expires_at: int | None = None
+    """When it goes; none: when it is removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +169,8 @@ class Page(Generic[Record]):
 
 
 _FILE = ", ".join(field.name for field in fields(FileRecord))
+_ALIVE = "(expires_at IS NULL OR expires_at > ?)"
+"""Of a file, as long as it has not expired."""
 _BATCH = ", ".join(field.name for field in fields(BatchRecord))
 
 
@@ -194,26 +208,35 @@ class Store:
             self._opened()
         return self._directory / "files" / f".{secrets.token_hex(12)}.part"
 
-    def add_file(self, tenant: str, filename: str, content: Path) -> FileRecord:
-        """Take over a content that was sent for a batch."""
+    def add_file(
+        self, tenant: str, filename: str, content: Path, lives_s: int | None = None
+    ) -> FileRecord:
+        """Take over a content that was sent for a batch, for so many seconds or for ever."""
+        now = _now()
         record = FileRecord(
             id=f"file-{secrets.token_hex(12)}",
             tenant=tenant,
             filename=filename,
             purpose="batch",
             bytes=content.stat().st_size,
-            created_at=_now(),
+            created_at=now,
+            expires_at=None if lives_s is None else now + lives_s,
         )
-        content.replace(self.content_of(record.id))
-        with self._writing() as database:
-            _insert_file(database, record)
+        place = content.replace(self.content_of(record.id))
+        try:
+            with self._writing() as database:
+                _insert_file(database, record)
+        except BaseException:
+            place.unlink()
+            raise
         return record
 
     def file(self, tenant: str, file_id: str) -> FileRecord | None:
         """A tenant's file; none where it has none of this id."""
         with self._reading() as database:
             row = database.execute(
-                f"SELECT {_FILE} FROM files WHERE id = ? AND tenant = ?", (file_id, tenant)
+                f"SELECT {_FILE} FROM files WHERE id = ? AND tenant = ? AND {_ALIVE}",
+                (file_id, tenant, _now()),
             ).fetchone()
         return FileRecord(**dict(row)) if row else None
 
@@ -272,8 +295,9 @@ class Store:
         now = _now()
         with self._writing() as database:
             if not database.execute(
-                "SELECT 1 FROM files WHERE id = ? AND tenant = ? AND purpose = 'batch'",
-                (input_file_id, tenant),
+                "SELECT 1 FROM files WHERE id = ? AND tenant = ? AND purpose = 'batch' "
+                f"AND {_ALIVE}",
+                (input_file_id, tenant, now),
             ).fetchone():
                 return None
             database.execute(
@@ -364,18 +388,22 @@ class Store:
         return self._move(batch, ("in_progress",), "finalizing")
 
     def finish(
-        self, batch: BatchRecord, status: Literal["completed", "cancelled", "expired"]
+        self,
+        batch: BatchRecord,
+        status: Literal["completed", "cancelled", "expired", "failed"],
+        problem: Problem | None = None,
     ) -> None:
         """It is over: what it has written is a tenant's file from now on, error lines if there
-        are any."""
+        are any, and answers, where it has failed, if there are any."""
         now = _now()
+        told = problem and json.dumps([problem.code, problem.message, problem.line, problem.param])
         made: dict[str, str | None] = {"output": None, "errors": None}
         with self._writing() as database:
             for what in made:
                 file_id = _made_id(batch, what)
                 content = self.content_of(file_id)
                 size = content.stat().st_size if content.exists() else None
-                if size is None or (what == "errors" and not size):
+                if size is None or (not size and (what == "errors" or status == "failed")):
                     continue
                 made[what] = file_id
                 name = f"{batch.id}_{what}.jsonl"
@@ -383,27 +411,34 @@ class Store:
                 _insert_file(database, record)
             database.execute(
                 f"UPDATE batches SET status = ?, {status}_at = ?, output_file_id = ?, "
-                "error_file_id = ? WHERE id = ?",
-                (status, now, made["output"], made["errors"], batch.id),
+                "error_file_id = ?, problem = ? WHERE id = ?",
+                (status, now, made["output"], made["errors"], told, batch.id),
             )
-        if made["errors"] is None:
-            self.errors_of(batch).unlink(missing_ok=True)
+        for what in [what for what, file_id in made.items() if file_id is None]:
+            self.content_of(_made_id(batch, what)).unlink(missing_ok=True)
         shutil.rmtree(self.work_of(batch), ignore_errors=True)
 
     def fail(self, batch: BatchRecord, problem: Problem) -> None:
-        """It is over, and nothing comes of it."""
-        told = json.dumps([problem.code, problem.message, problem.line, problem.param])
-        with self._writing() as database:
-            database.execute(
-                "UPDATE batches SET status = 'failed', failed_at = ?, problem = ? WHERE id = ?",
-                (_now(), told, batch.id),
-            )
-        self.output_of(batch).unlink(missing_ok=True)
-        self.errors_of(batch).unlink(missing_ok=True)
-        shutil.rmtree(self.work_of(batch), ignore_errors=True)
+        """It is over before its lines are."""
+        self.finish(batch, "failed", problem)
 
     def sweep(self) -> None:
-        """Remove uploads that were never finished."""
+        """Remove uploads that were never finished, ledgers of batches that are over, and files that
+        have expired and that no batch reads any more."""
+        works = list((self._directory / "work").glob("*"))  # before: no new one is among them
+        running = {batch.id for batch in self.open_batches()}
+        for work in works:
+            if work.name not in running:
+                shutil.rmtree(work, ignore_errors=True)
+        marks = ", ".join("?" * len(OPEN))
+        with self._writing() as database:
+            expired = database.execute(
+                "DELETE FROM files WHERE expires_at <= ? AND id NOT IN "
+                f"(SELECT input_file_id FROM batches WHERE status IN ({marks})) RETURNING id",
+                (_now(), *OPEN),
+            ).fetchall()
+        for row in expired:
+            self.content_of(row["id"]).unlink(missing_ok=True)
         for part in (self._directory / "files").glob(".*.part"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - part.stat().st_mtime > STALE_S:
@@ -433,7 +468,11 @@ class Store:
         oldest_first: bool = False,
     ) -> list[dict[str, Any]] | None:
         """One more row than `limit`, if there are so many; none where `after` is not known."""
-        where, values = ["tenant = ?"], [tenant]
+        where: list[str] = ["tenant = ?"]
+        values: list[str | int] = [tenant]
+        if table == "files":
+            where.append(_ALIVE)
+            values.append(_now())
         if purpose is not None:
             where.append("purpose = ?")
             values.append(purpose)
@@ -467,10 +506,11 @@ class Store:
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
+                database.execute("COMMIT")
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # a full disk has ended it already
+                    database.execute("ROLLBACK")
                 raise
-            database.execute("COMMIT")
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
@@ -494,7 +534,7 @@ def _open(path: Path) -> sqlite3.Connection:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
             raise sqlite3.DatabaseError(f"{path} was made by a newer version of this program")
-        database.executescript(SCHEMA)
+        database.executescript(SCHEMA if version != 1 else SECOND)
         database.execute(f"PRAGMA user_version = {VERSION}")
     except BaseException:
         database.close()

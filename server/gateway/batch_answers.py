@@ -13,6 +13,9 @@ FILES_LIMIT = 10_000
 """Files in a list at the most, and where nobody says how many."""
 BATCHES_LIMIT = 100
 BATCHES_DEFAULT = 20
+SHORTEST_LIFE_S = 3600
+LONGEST_LIFE_S = 30 * 24 * 3600
+"""Of a file that is to expire."""
 
 
 class FileAnswer(Answer):
@@ -27,6 +30,8 @@ class FileAnswer(Answer):
     purpose: Purpose
     """`batch`: sent to be asked; `batch_output`: what became of it."""
     status: Literal["processed"] = "processed"
+    expires_at: int | None
+    """When it goes; none: when it is deleted."""
 
     @classmethod
     def of(cls, record: FileRecord) -> Self:
@@ -37,6 +42,7 @@ class FileAnswer(Answer):
             created_at=record.created_at,
             filename=record.filename,
             purpose=record.purpose,
+            expires_at=record.expires_at,
         )
 
 
@@ -73,6 +79,11 @@ class UploadForm(Answer):
     file: str = Field(json_schema_extra={"format": "binary"})
     """A JSONL file of requests in OpenAI's batch format, or with plain prompts or chats."""
     purpose: Literal["batch"]
+    anchor: Literal["created_at"] = Field(default="created_at", alias="expires_after[anchor]")
+    seconds: int | None = Field(
+        default=None, alias="expires_after[seconds]", ge=SHORTEST_LIFE_S, le=LONGEST_LIFE_S
+    )
+    """After which the file is gone; none: it stays until it is deleted."""
 
 
 Key = Annotated[str, Field(max_length=64)]
@@ -130,7 +141,8 @@ class BatchAnswer(Answer):
     completion_window: Literal["24h"] = "24h"
     status: Status
     output_file_id: str | None
-    """Answers, one line each; also of a batch that was cancelled or has expired."""
+    """Answers, one line each; also of a batch that was cancelled, has expired, or has failed with
+    some lines answered."""
     error_file_id: str | None
     """Lines that could not be answered, each with the reason; none where there are none."""
     created_at: int

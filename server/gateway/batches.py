@@ -8,7 +8,10 @@ block, so they are made in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import errno
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,6 +22,8 @@ from server.gateway.batch_answers import (
     BATCHES_DEFAULT,
     BATCHES_LIMIT,
     FILES_LIMIT,
+    LONGEST_LIFE_S,
+    SHORTEST_LIFE_S,
     BatchAnswer,
     BatchList,
     BatchRequest,
@@ -35,6 +40,7 @@ from server.gateway.errors import (
     FileNotKnownError,
     InvalidParameterError,
     MissingParameterError,
+    NoRoomError,
 )
 from server.gateway.limits import body_of_request, limited_head
 from server.gateway.parts import Parts
@@ -67,7 +73,7 @@ def add_file_routes(routes: APIRouter, parts: Parts) -> None:
 
     @routes.post(
         "/v1/files",
-        responses=errors(401, 413),
+        responses=errors(401, 413, 507),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -77,7 +83,9 @@ def add_file_routes(routes: APIRouter, parts: Parts) -> None:
     )
     async def create_file(request: Request) -> FileAnswer:
         """Take a file for batches."""
-        return await _take_file(parts, _tenant(parts, request), request)
+        tenant = _tenant(parts, request)
+        with _room():
+            return await _take_file(parts, tenant, request)
 
     @routes.get(
         "/v1/files",
@@ -158,7 +166,7 @@ def add_batch_routes(routes: APIRouter, parts: Parts) -> None:
 
     @routes.post(
         "/v1/batches",
-        responses=errors(401, 404, 413),
+        responses=errors(401, 404, 413, 507),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -170,13 +178,14 @@ def add_batch_routes(routes: APIRouter, parts: Parts) -> None:
         """Have every line of a file asked, behind all that is asked now."""
         tenant = _tenant(parts, request)
         asked = _batch_request(await body_of_request(request, parts.config, MAX_BATCH_BYTES))
-        record = await asyncio.to_thread(
-            store.add_batch,
-            tenant.name,
-            endpoint=asked.endpoint,
-            input_file_id=asked.input_file_id,
-            metadata=asked.metadata,
-        )
+        with _room():
+            record = await asyncio.to_thread(
+                store.add_batch,
+                tenant.name,
+                endpoint=asked.endpoint,
+                input_file_id=asked.input_file_id,
+                metadata=asked.metadata,
+            )
         if record is None:
             raise _no_file(asked.input_file_id, "input_file_id")
         return BatchAnswer.of(record)
@@ -221,6 +230,29 @@ def add_batch_routes(routes: APIRouter, parts: Parts) -> None:
         return BatchAnswer.of(record)
 
 
+@contextmanager
+def _room() -> Iterator[None]:
+    """Tell a client what a full disk is.
+
+    Raises:
+        NoRoomError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+    else:
+        return
+    raise NoRoomError(
+        "The disk for files and batches is full. Delete files that are no longer needed (DELETE "
+        "/v1/files/{file_id}), or have room made on the disk of 'bundle.scratch_dir'."
+    )
+
+
 def _tenant(parts: Parts, request: Request) -> Tenant:
     return parts.keyring.identify(request.scope["headers"])
 
@@ -236,12 +268,31 @@ async def _take_file(parts: Parts, tenant: Tenant, request: Request) -> FileAnsw
             raise InvalidParameterError(
                 "'purpose' must be 'batch'; files serve nothing else here.", param="purpose"
             )
-        name = upload.filename[:MAX_NAME]
+        name, lives_s = upload.filename[:MAX_NAME], _life(upload.fields)
         return FileAnswer.of(
-            await asyncio.to_thread(parts.store.add_file, tenant.name, name, content)
+            await asyncio.to_thread(parts.store.add_file, tenant.name, name, content, lives_s)
         )
     finally:
         discard(content)
+
+
+def _life(fields: Mapping[str, str]) -> int | None:
+    """Seconds after which a file is to expire, if it is."""
+    if (anchor := fields.get("expires_after[anchor]", "created_at")) != "created_at":
+        raise InvalidParameterError(
+            f"'expires_after[anchor]' is {anchor[:100]!r}; it must be 'created_at'.",
+            param="expires_after[anchor]",
+        )
+    said = fields.get("expires_after[seconds]")
+    if said is None:
+        return None
+    seconds = int(said) if said.isascii() and said.isdecimal() and len(said) < 10 else 0
+    if not SHORTEST_LIFE_S <= seconds <= LONGEST_LIFE_S:
+        raise InvalidParameterError(
+            f"'expires_after[seconds]' must be from {SHORTEST_LIFE_S} to {LONGEST_LIFE_S}.",
+            param="expires_after[seconds]",
+        )
+    return seconds
 
 
 def _batch_request(body: bytes) -> BatchRequest:

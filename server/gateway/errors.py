@@ -36,6 +36,7 @@ GatewayError                      an answer that the gateway makes instead of an
 ├── EngineAnswerError       any   the engine's own refusal, in the client's dialect
 ├── EngineTimeoutError      504
 ├── DeadlineError           504
+├── NoRoomError             507
 └── InternalError           500
 
 A class fixes status and code (but for the engine's own); a `code` never changes its meaning,
@@ -336,6 +337,13 @@ class EngineTimeoutError(GatewayError):
 
     status = 504
     code = "engine_timeout"
+
+
+class NoRoomError(GatewayError):
+    """The disk on which files and batches are kept is full."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class InternalError(GatewayError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +123,55 @@ async def test_an_engine_that_dies_breaks_off_its_answer() -> None:
 
 async def test_all_else_is_the_applications() -> None:
     assert await call(Engine(), b"", method="GET") == [{"type": "passed on"}]
+
+
+HOST = """
+import sys, threading, time, types
+
+class Core:
+    scheduler = types.SimpleNamespace(has_requests=lambda: True)
+
+class InprocClient:
+    engine_core = Core()
+    def __init__(self, *_):
+        pass
+    def get_output(self):
+        threading.Thread(target=client.shutdown, kwargs={"timeout": 0}).start()
+        time.sleep(60)
+        raise AssertionError("the step went on")
+    def add_request(self, request): ...
+    def abort_requests(self, request_ids): ...
+    def shutdown(self, timeout=None):
+        print("taken down", flush=True)
+
+class EngineCoreClient:
+    async def add_request_async(self, request): ...
+
+module = types.ModuleType("vllm.v1.engine.core_client")
+module.InprocClient, module.EngineCoreClient = InprocClient, EngineCoreClient
+sys.modules |= {"vllm": types.ModuleType("vllm"), "vllm.v1": types.ModuleType("vllm.v1"),
+    "vllm.v1.engine": types.ModuleType("vllm.v1.engine"), module.__name__: module}
+
+import asyncio
+from server.engine_host import compute_in_process
+
+compute_in_process()
+client = EngineCoreClient.make_async_mp_client(vllm_config=0, executor_class=0, log_stats=False)
+if sys.argv[1] == "told to end":
+    asyncio.run(client.get_output_async())
+client.shutdown()
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("told to end", ""), ("by itself", "taken down\n")])
+def test_an_engine_that_is_told_to_end_ends_in_the_middle_of_a_step(how: str, said: str) -> None:
+    """One that ends by itself is taken down as vLLM does it, and so tells what was wrong."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOST, how],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")

@@ -32,6 +32,8 @@ class EchoBackend:
         self.later: dict[int, int] = {}
         """Times that a line is put off."""
         self.hopeless: dict[str, str] = {}
+        self.away = 0
+        """Times that nobody is there to be asked."""
 
     @property
     def seats(self) -> Sequence[Seat]:
@@ -58,6 +60,9 @@ class EchoBackend:
         held = self._holds[lane]
         assert held is None or {line.target for line in lines} <= held
         await asyncio.sleep(self._pause_s)
+        if self.away:
+            self.away -= 1
+            raise LaneLostError("away", reached=False)
         for line in lines:
             if line.number in self.poison:
                 raise LaneLostError("poisoned")

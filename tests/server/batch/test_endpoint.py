@@ -139,8 +139,9 @@ async def test_a_gateway_that_is_gone_is_lost_and_then_given_up(
     async with gateway() as stub:
         url = stub.url
     async with EndpointBackend(url) as backend:
-        with pytest.raises(LaneLostError):
+        with pytest.raises(LaneLostError) as lost:
             await one(backend, line("expert-red@v2"))
+        assert not lost.value.reached, "nobody can have had the line"
         assert await backend.refresh({}) == {}
         monkeypatch.setattr(endpoint, "PATIENCE_S", 0.0)
         with pytest.raises(BatchError, match="no endpoint answers"):

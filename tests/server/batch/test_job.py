@@ -132,6 +132,41 @@ async def test_a_line_that_takes_engines_along_is_given_up_alone(tmp_path: Path)
     assert (row["error"]["code"], row["custom_id"]) == ("engine_lost", "id-49")
 
 
+@pytest.mark.parametrize("poison", [set[int](), {5}])
+async def test_an_engine_that_is_away_for_long_costs_no_line(
+    tmp_path: Path, poison: set[int]
+) -> None:
+    """Neither lines that it never had, nor suspects of its death."""
+    write_input(tmp_path / "in.jsonl", 30)
+    backend = EchoBackend(seats=1)
+    backend.poison = poison
+    ask = backend.ask
+
+    async def dies(lane: str, lines: Any) -> Any:
+        async for answer in ask(lane, lines):
+            yield answer
+        if len(backend.asked) == 4:  # some are suspects by now
+            backend.away = 40
+
+    backend.ask = dies  # type: ignore[method-assign]
+    counts = await run(spec_of(tmp_path), backend)
+    assert (counts.done, counts.failed) == (30 - len(poison), len(poison))
+
+
+async def test_who_is_away_is_not_asked_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "PAUSE_S", 0.05)
+    monkeypatch.setattr(dispatch, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(dispatch, "SUSPECT", 0)
+    write_input(tmp_path / "in.jsonl", 3)
+    backend = EchoBackend(seats=1)
+    backend.away = 4
+    began = time.monotonic()
+    assert (await run(spec_of(tmp_path), backend)).done == 3
+    assert time.monotonic() - began >= 4 * 0.05
+
+
 async def test_lines_that_are_put_off_come_again(tmp_path: Path) -> None:
     write_input(tmp_path / "in.jsonl", 30)
     backend = EchoBackend()

@@ -179,10 +179,23 @@ async def test_an_engine_that_goes_away_keeps_what_it_answered() -> None:
         await backend.refresh({})
         answers = backend.ask("worker-0", [line(n) for n in range(1, 6)])
         assert [(await anext(answers)).number for _ in range(2)] == [1, 2]
-        with pytest.raises(LaneLostError):
+        with pytest.raises(LaneLostError) as lost:
             await anext(answers)
-        with pytest.raises(LaneLostError):
+        assert lost.value.reached
+        with pytest.raises(LaneLostError) as lost:
             await anext(backend.ask("worker-9", [line(1)]))
+        assert not lost.value.reached
+
+
+async def test_an_engine_that_is_gone_never_had_the_lines() -> None:
+    stand = Stand()
+    async with engine() as (url, _):
+        stand.workers = [worker(0, url)]
+    async with stand.backend as backend:
+        await backend.refresh({})
+        with pytest.raises(LaneLostError) as lost:
+            await anext(backend.ask("worker-0", [line(1)]))
+        assert not lost.value.reached
 
 
 async def test_the_control_plane_is_told_what_is_left() -> None:

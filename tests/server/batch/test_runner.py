@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from configs.schema import RunConfig
-from server.batch.errors import BatchError, BatchInputError
+from server.batch import runner as module
+from server.batch.errors import BatchError, BatchInputError, BatchOutputError
+from server.batch.job import write_finished
+from server.batch.ledger import Entry, Ledger, Result
 from server.batch.runner import Runner
 from server.batch.store import BatchRecord, Store
 from server.batch.types import Counts, JobSpec
@@ -179,6 +182,56 @@ async def test_what_may_pass_is_tried_again_and_not_for_ever(
     assert over.status == "failed"
     assert over.problem is not None
     assert over.problem.code in ("batch_failed", "internal_error")
+
+
+def answer_two_of_three(store: Store, batch: BatchRecord) -> None:
+    """As a job leaves it that has come so far."""
+    with Ledger(store.work_of(batch)) as ledger:
+        entries = [Entry(n, 0, n, f"{n}", "/v1/route", "someone") for n in (1, 2, 3)]
+        ledger.add(entries)
+        ledger.finish([Result(1, True, b"answer"), Result(2, False, b"error")])
+
+
+async def check_two_of_three(store: Store, batch: BatchRecord) -> None:
+    over = now(store, batch)
+    assert (over.status, over.total, over.done, over.failed) == ("failed", 3, 1, 1)
+    assert over.problem is not None
+    assert over.output_file_id
+    assert over.error_file_id
+    assert store.content_of(over.output_file_id).read_text() == "answer\n"
+    assert store.content_of(over.error_file_id).read_text() == "error\n"
+    assert store.file(batch.tenant, over.output_file_id) is not None
+    await until(lambda: not store.work_of(batch).exists())
+
+
+async def test_a_failed_batch_keeps_what_was_answered(store: Store) -> None:
+    jobs = FakeJobs(errors=[BatchInputError("the input is gone")])
+    batch = add(store)
+    answer_two_of_three(store, batch)
+    async with running(store, jobs):
+        await until(lambda: not store.open_batches())
+    await check_two_of_three(store, batch)
+
+
+async def test_what_was_answered_waits_for_room_on_the_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def full_at_first(spec: JobSpec) -> Counts | None:
+        tries.append(spec)
+        if len(tries) < 3:
+            raise BatchOutputError("no room")
+        return write_finished(spec)
+
+    monkeypatch.setattr(module, "write_finished", full_at_first)
+    jobs = FakeJobs(errors=[BatchOutputError("no room")] * 3)
+    batch = add(store)
+    answer_two_of_three(store, batch)
+    async with running(store, jobs):
+        await until(lambda: not store.open_batches())
+    assert len(tries) == 3
+    await check_two_of_three(store, batch)
 
 
 async def test_the_next_runner_goes_on_with_the_same_job(store: Store) -> None:

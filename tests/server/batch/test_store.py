@@ -178,6 +178,72 @@ def test_a_failed_batch_says_why_and_leaves_nothing(store: Store) -> None:
     assert not store.work_of(batch).exists()
 
 
+def test_a_failed_batch_keeps_what_it_has_written(store: Store) -> None:
+    batch = start(store)
+    store.begin(batch)
+    store.output_of(batch).write_text("{}\n")
+    store.errors_of(batch).touch()
+    store.fail(batch, Problem("batch_failed", "no endpoint"))
+    over = again(store, batch)
+    assert over.output_file_id is not None
+    assert over.error_file_id is None
+    made = store.file("alice", over.output_file_id)
+    assert made is not None
+    assert made.bytes == 3
+
+
+def test_a_file_that_has_expired_goes_when_no_batch_reads_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = [store.new_content() for _ in range(3)]
+    for path in content:
+        path.touch()
+    stays = store.add_file("alice", "a", content[0])
+    read, unread = (store.add_file("alice", "b", path, lives_s=3600) for path in content[1:])
+    assert read.expires_at == read.created_at + 3600
+    batch = store.add_batch("alice", endpoint="/v1/route", input_file_id=read.id)
+    assert batch is not None
+    store.sweep()
+    assert store.file("alice", unread.id) == unread
+    later = module._now() + 4000
+    monkeypatch.setattr(module, "_now", lambda: later)
+    page = store.files("alice", limit=9)
+    assert page is not None
+    assert page.records == [stays]
+    assert store.file("alice", read.id) is None
+    assert store.add_batch("alice", endpoint="/v1/route", input_file_id=read.id) is None
+    store.sweep()
+    there = [store.content_of(file.id).exists() for file in (stays, read, unread)]
+    assert there == [True, True, False]
+    store.cancel("alice", batch.id)
+    store.sweep()
+    assert not store.content_of(read.id).exists()
+
+
+def test_a_database_of_the_first_version_is_made_one_of_this(store: Store) -> None:
+    file = add(store)
+    store.close()
+    with sqlite3.connect(store.directory / "batches.db") as database:
+        database.execute("ALTER TABLE files DROP COLUMN expires_at")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    assert store.file("alice", file.id) == file
+    add(store)
+
+
+def test_a_full_disk_spoils_nothing(store: Store) -> None:
+    add(store)
+    database = store._database
+    assert database is not None
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        add(store, name="x" * 100_000)
+    assert len(list((store.directory / "files").iterdir())) == 1, "no content without its file"
+    database.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    add(store, name="x" * 100_000)
+
+
 def test_uploads_that_nobody_finishes_go_in_time(store: Store) -> None:
     old, new = store.new_content(), store.new_content()
     for part in (old, new):
@@ -187,6 +253,17 @@ def test_uploads_that_nobody_finishes_go_in_time(store: Store) -> None:
     store.sweep()
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_ledger_that_a_killed_runner_left_goes_in_time(store: Store) -> None:
+    over, running = start(store), start(store)
+    store.begin(running)
+    store.finish(over, "cancelled")
+    for batch in (over, running):
+        store.work_of(batch).mkdir()
+    store.sweep()
+    assert not store.work_of(over).exists()
+    assert store.work_of(running).exists()
 
 
 WRITER = """

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,28 @@ async def test_files(gateway: Gateway, tmp_path: Path) -> None:
             await call(made.id)
         assert caught.value.code == "file_not_found"
     assert len(list((tmp_path / DIRECTORY / "files").iterdir())) == 1
+
+
+async def test_a_file_that_expires(gateway: Gateway, tmp_path: Path) -> None:
+    client = gateway.openai()
+    made = await client.files.create(
+        file=("in.jsonl", lines_of({})),
+        purpose="batch",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert made.expires_at == made.created_at + 3600
+    assert (await client.files.retrieve(made.id)) == made
+    with sqlite3.connect(tmp_path / DIRECTORY / "batches.db") as database:
+        database.execute("UPDATE files SET expires_at = created_at")
+    database.close()
+    assert not (await client.files.list()).data
+    for call in (client.files.retrieve, client.files.content):
+        with pytest.raises(openai.NotFoundError):
+            await call(made.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.batches.create(
+            input_file_id=made.id, endpoint="/v1/completions", completion_window="24h"
+        )
 
 
 async def test_batches(gateway: Gateway) -> None:
@@ -230,6 +253,9 @@ PURPOSE = ("purpose", None, b"batch")
         ([("file", "in.jsonl", b"x" * 3_000_001), PURPOSE], 413, "file_too_large"),
         ([("file", "in.jsonl", b"x" * 3_000_000), PURPOSE], 200, ""),
         ([PURPOSE, ("expires_after[seconds]", None, b"3600"), FILE], 200, ""),
+        ([PURPOSE, ("expires_after[seconds]", None, b"3599"), FILE], 400, "invalid_type"),
+        ([PURPOSE, ("expires_after[seconds]", None, b"-1"), FILE], 400, "invalid_type"),
+        ([PURPOSE, ("expires_after[anchor]", None, b"now"), FILE], 400, "invalid_type"),
     ],
 )
 async def test_forms(
@@ -296,6 +322,38 @@ async def test_an_upload_that_stops_half_way_leaves_nothing(
                 await asyncio.sleep(0.005)
     finally:
         over.set()
+
+
+async def test_a_full_disk_is_told(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = gateway.openai()
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", **more: Any) -> Any:
+        if path.name.endswith(".part"):
+            path.touch()
+            return opened(Path("/dev/full"), "wb")
+        return opened(path, mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(openai.InternalServerError, match="full") as caught:
+            await client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
+    assert (caught.value.status_code, caught.value.code) == (507, "insufficient_storage")
+    assert not files_in(tmp_path)
+
+    def no_page(*_: Any, **__: Any) -> Any:
+        with sqlite3.connect(":memory:") as database:
+            database.execute("PRAGMA max_page_count = 1")
+            database.execute("CREATE TABLE x (y)")
+
+    monkeypatch.setattr(Store, "add_batch", no_page)
+    with pytest.raises(openai.InternalServerError, match="full") as caught:
+        await client.batches.create(
+            input_file_id="file-x", endpoint="/v1/route", completion_window="24h"
+        )
+    assert (caught.value.status_code, caught.value.code) == (507, "insufficient_storage")
 
 
 async def test_a_gateway_that_is_started_again_knows_them(start_gateway: StartGateway) -> None:
