@@ -34,7 +34,7 @@ LEAST_DOCUMENTS = 1000
 has no more to say."""
 MOST_DOCUMENTS = 40_000
 """Documents to learn from."""
-MOST_PIECES, MOST_MADE_UP = 3000, 12_000
+MOST_PIECES, MOST_MADE_UP = 3000, 24_000
 """Pieces, and queries made up of several documents, to learn from; each has to be embedded."""
 MEASURED_DOCUMENTS, MEASURED_PIECES = 4000, 1500
 """To measure on."""
@@ -83,7 +83,7 @@ def distil(
 ) -> Cascade | None:
     """A student of the embedder; none where there are too few texts to teach it.
 
-    Deterministic for a seed. At most 16,500 short texts are embedded for it.
+    Deterministic for a seed. At most 28,500 short texts are embedded for it.
 
     Args:
         train: what the clusters were fitted on.

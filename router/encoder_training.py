@@ -23,7 +23,7 @@ from router.student_training import Floats, Indices, best_targets, loss_of, torc
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 3
+EPOCHS = 2
 MOST_STEPS = 1500
 BATCH = 64
 SORTED = 32

@@ -20,6 +20,9 @@ CONTROL_SOCKET = "control.sock"
 GATEWAY_SOCKET = "gateway-{}.sock"
 """Beside it: one gateway process' own HTTP API, by its number."""
 
+ROUTED_MODEL = "introvert"
+"""The model name that routes by meaning."""
+
 WorkerState = Literal["starting", "ready", "down", "failed"]
 
 

@@ -21,7 +21,8 @@ from router.conversation import routing_text
 from server.batch.errors import BatchError, LaneLostError, LineError
 from server.batch.requests import ROUTE_PATH
 from server.batch.results import BASE
-from server.batch.types import ROUTED_MODEL, Answer, Decision, Line, Seat, Task
+from server.batch.types import Answer, Decision, Line, Seat, Task
+from server.table import ROUTED_MODEL
 
 LANE = "gateway"
 PRIORITY = {"x-introvert-priority": "batch"}

@@ -59,6 +59,7 @@ class BatchEngines:
         self._config = config.model_copy(update={"serving": serving})
         self._resources = ExitStack()
         self._table_file = Path()
+        self._table: tuple[tuple[int, int], RoutingTable] | None = None
         self._ending = threading.Event()
 
     def __enter__(self) -> Self:
@@ -100,8 +101,13 @@ class BatchEngines:
 
     @property
     def table(self) -> RoutingTable:
-        """The newest routing table."""
-        return read_table(self._table_file)
+        """The newest routing table; the same object until there is another."""
+        # a table is replaced by rename, so another one is another file
+        found = self._table_file.stat()
+        version = found.st_ino, found.st_mtime_ns
+        if self._table is None or version != self._table[0]:
+            self._table = version, read_table(self._table_file)
+        return self._table[1]
 
     def demand(self, rates: Mapping[str, float]) -> None:
         """Have experts placed by what is left for them: engines' worth of work, by expert id."""

@@ -22,9 +22,9 @@ from router.errors import RouterError
 from router.types import Route
 from server.batch.errors import BatchError, LaneLostError, LineError
 from server.batch.requests import ROUTE_PATH
-from server.batch.types import ROUTED_MODEL, Answer, Decision, Line, Seat, Task
+from server.batch.types import Answer, Decision, Line, Seat, Task
 from server.engine_host import LINES_PATH
-from server.table import RoutingTable
+from server.table import ROUTED_MODEL, RoutingTable
 
 logger = logging.getLogger(__name__)
 

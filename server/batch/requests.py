@@ -13,7 +13,8 @@ import msgspec
 from router.conversation import ROUTED_CHARACTERS, Endpoint, Message, request_messages
 from router.errors import UnroutableError
 from server.batch.errors import LineError
-from server.batch.types import ROUTED_MODEL, Task
+from server.batch.types import Task
+from server.table import ROUTED_MODEL
 
 ROUTE_PATH = "/v1/route"
 KINDS: Mapping[str, Endpoint] = {

@@ -13,9 +13,6 @@ from typing import Any, Literal, Protocol
 from router.conversation import Message
 from server.batch.errors import LineError
 
-ROUTED_MODEL = "introvert"
-"""The model name that has a line routed by meaning."""
-
 Phase = Literal["reading", "starting", "answering", "writing", "done"]
 
 

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.types import Candidate, Decider, Route
-from server.gateway.choice import ROUTED_MODEL
 from server.gateway.readiness import Readiness
 from server.gateway.views import View
-from server.table import RoutingTable
+from server.table import ROUTED_MODEL, RoutingTable
 
 
 class Answer(BaseModel):

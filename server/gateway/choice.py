@@ -21,10 +21,7 @@ from server.gateway.counts import Counts
 from server.gateway.errors import ModelNotFoundError, NoEngineError
 from server.gateway.residency import Residency
 from server.gateway.views import Home, Target, View, Views, salt_of, views_of
-from server.table import RoutingTable, WorkerEntry
-
-ROUTED_MODEL = "introvert"
-"""The model name that routes by meaning."""
+from server.table import ROUTED_MODEL, RoutingTable, WorkerEntry
 
 BEGINNING_BYTES = 1024
 """Of a prompt, what tells conversations apart."""

@@ -15,7 +15,7 @@ import aiohttp
 from starlette.types import Receive, Scope, Send
 
 from server.gateway.admission import Group
-from server.gateway.choice import ROUTED_MODEL, conversation_key
+from server.gateway.choice import conversation_key
 from server.gateway.client import (
     CLIENT_GONE,
     ClientGoneError,
@@ -39,6 +39,7 @@ from server.gateway.queueing import wait_for_worker
 from server.gateway.returning import hand_back, note_no_answer
 from server.gateway.upstream import UnreachableError
 from server.gateway.views import Home, Target
+from server.table import ROUTED_MODEL
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from server.batch.errors import LaneLostError, LineError
-from server.batch.types import ROUTED_MODEL, Answer, Decision, Line, Seat, Task
+from server.batch.types import Answer, Decision, Line, Seat, Task
+from server.table import ROUTED_MODEL
 
 
 class EchoBackend:
