@@ -34,8 +34,11 @@ LEAST_DOCUMENTS = 1000
 has no more to say."""
 MOST_DOCUMENTS = 40_000
 """Documents to learn from."""
-MOST_PIECES, MOST_MADE_UP = 3000, 24_000
+MOST_PIECES, MOST_MADE_UP = 3000, 5000
 """Pieces, and queries made up of several documents, to learn from; each has to be embedded."""
+MOST_FOR_ENCODER, MOST_OF_EACH = 24_000, 4
+"""Queries to make up where an encoder learns from them, too, which gains more by them: in all, and
+for each document."""
 MEASURED_DOCUMENTS, MEASURED_PIECES = 4000, 1500
 """To measure on."""
 ENOUGH_MEASURED = 1500
@@ -110,7 +113,9 @@ def distil(
         return _Sample(pieces, embedder.encode(pieces) @ centroids.T)
 
     lessons = sample(train, learnt)
-    made_up = made_up_queries(lessons.texts, MOST_MADE_UP, seed=seed)
+    encoding = bool(config.encoder_layers) and can_be_cut(embedder)
+    most = min(MOST_FOR_ENCODER, MOST_OF_EACH * len(learnt)) if encoding else MOST_MADE_UP
+    made_up = made_up_queries(lessons.texts, most, seed=seed)
     lessons += cut(lessons.texts, MOST_PIECES)
     lessons += _Sample(made_up, embedder.encode(made_up) @ centroids.T)
     documents = sample(heldout, tested) + sample(train, aside)
@@ -131,7 +136,7 @@ def distil(
     )
     _tell("student", record)
     second = None
-    if config.encoder_layers and can_be_cut(embedder):
+    if encoding:
         assert isinstance(embedder, SentenceEmbedder), "it has layers"
         second = _encoder(embedder, lessons, exam, answers, terms=terms, config=config, seed=seed)
     return Cascade(student, record, config.max_tokens, second)

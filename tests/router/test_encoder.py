@@ -122,7 +122,7 @@ def test_a_router_is_taught_both_and_keeps_them_on_disk(
     minilm: SentenceEmbedder, mixture: Mixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "LEAST_DOCUMENTS", 10)
-    monkeypatch.setattr(distillation, "MOST_MADE_UP", 50)
+    monkeypatch.setattr(distillation, "MOST_FOR_ENCODER", 50)
     config = RouterConfig(
         clusters=3, device="cpu", agreement=0.5, encoder_layers=1, abstain_quantile=0.0
     )
