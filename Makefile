@@ -18,6 +18,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install 
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PACKAGES := configs router expert_trainer server deploy
 
+# Two processes: one for the tests that start engines, one for the others (tests/conftest.py).
+TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
 RUNTIME := $(VENV)/.runtime-$(EXTRA)
 DEV := $(VENV)/.dev
 
@@ -34,11 +37,11 @@ demo: $(RUNTIME) ## Train experts from nothing, serve them, ask them questions; 
 
 .PHONY: test
 test: lint ## Lint, type-check and run every test, engines included
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(DEV) ## The tests that start no engine
-	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+	$(TESTS) -m "not e2e" $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## ruff, mypy --strict and the import contracts
