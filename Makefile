@@ -18,8 +18,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install 
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PACKAGES := configs router expert_trainer server deploy
 
-# Two processes: one for the tests that start engines, one for the others (tests/conftest.py).
-TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+# Two processes: one for the tests that start engines, one for the others (tests/conftest.py). One that crashes is a failure
+# and is not replaced: the run hung once when it was.
+TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart 0
 
 RUNTIME := $(VENV)/.runtime-$(EXTRA)
 DEV := $(VENV)/.dev
