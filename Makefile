@@ -18,10 +18,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install 
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PACKAGES := configs router expert_trainer server deploy
 
-# Two processes: one for the tests that start engines, one for the others (tests/conftest.py). One that crashes is a failure
-# and is not replaced: the run hung once when it was.
-TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart 0
-
 RUNTIME := $(VENV)/.runtime-$(EXTRA)
 DEV := $(VENV)/.dev
 
@@ -38,11 +34,11 @@ demo: $(RUNTIME) ## Train experts from nothing, serve them, ask them questions; 
 
 .PHONY: test
 test: lint ## Lint, type-check and run every test, engines included
-	$(TESTS) $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-fast
 test-fast: $(DEV) ## The tests that start no engine
-	$(TESTS) -m "not e2e" $(ARGS)
+	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## ruff, mypy --strict and the import contracts

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,27 +18,6 @@ settings.register_profile(
     "introvert", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("introvert")
-
-ENGINES = "tests/end_to_end/"
-"""Tests that start engines or whole Rays of the command: each of them fills the machine."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """With `-n`, every file is one process's; `ENGINES` are so together, one after the other."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class EnginesInOneQueue(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return ENGINES if nodeid.startswith(ENGINES) else str(super()._split_scope(nodeid))
-
-    return EnginesInOneQueue(config, log)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n`, what takes longest begins first."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith(ENGINES))
 
 
 @pytest.fixture(scope="session")
