@@ -4,6 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3.11
+# Nothing here runs without bytecode, though the machine asked for it: vLLM, PyTorch and Ray would be compiled anew by each
+# process that imports them, which takes longer than the imports themselves.
+unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
 VENV := .venv

@@ -192,7 +192,8 @@ def test_a_killed_api_server_heals_under_a_controller_that_was_killed_before(
         os.kill(entry.pid, signal.SIGKILL)
 
     before = cluster.table
-    next(p for p in psutil.process_iter() if "ray::Controller" in " ".join(cmdline(p))).kill()
+    mine = psutil.Process().children(recursive=True)
+    next(process for process in mine if "ray::Controller" in " ".join(cmdline(process))).kill()
     heal(cluster, "worker-0", kill)
     after = cluster.table
     assert after.version > before.version

@@ -1,6 +1,5 @@
 """`introvert train` as a user runs it: cards on stdout, exit codes, what goes wrong and resumes."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -53,18 +51,9 @@ def cards(done: Done) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
-def ray_processes() -> set[int]:
-    """Those on this machine that are alive."""
-    found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
-            if "ray" in " ".join(process.cmdline()):
-                found.add(process.pid)
-    return found
-
-
-def test_experts_are_made_made_again_and_taken_back(config_file: Path, tmp_path: Path) -> None:
-    before = ray_processes()
+def test_experts_are_made_made_again_and_taken_back(
+    config_file: Path, tmp_path: Path, left_behind: Callable[[], list[str]]
+) -> None:
     run, report = str(config_file), tmp_path / "report.json"
     done = introvert("train", run, "--report", str(report))
     assert done.returncode == 0, done.stderr
@@ -86,7 +75,7 @@ def test_experts_are_made_made_again_and_taken_back(config_file: Path, tmp_path:
     assert introvert("experts", "withdraw", run, "expert-0001").returncode == 0
     served = [entry.id for entry in open_bundle(tmp_path / "bundle").manifest.served]
     assert served == ["expert-0000", "expert-0002"]
-    assert not ray_processes() - before, "processes were left behind"
+    assert left_behind() == []
 
 
 def test_a_loss_that_is_no_number_ends_with_its_cause(config_file: Path) -> None:

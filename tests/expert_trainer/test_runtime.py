@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -28,15 +29,23 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+@pytest.fixture
+def own_temp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary files go, and nobody else's; Ray's sockets need a short path."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
 def test_a_private_session_stays_on_this_machine_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, own_temp: Path
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = children()
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    session_dirs = set(Path(tempfile.gettempdir()).glob("introvert-*"))
     with ray_session(cpus=1):
+        assert list(own_temp.glob("introvert-*"))
         assert signal.getsignal(signal.SIGTERM) == on_sigterm, "ray.init takes it over"
         assert "OMP_NUM_THREADS" not in os.environ, "the driver's environment is its own"
         environment = ray.get(ray.remote(lambda: dict(os.environ)).remote())
@@ -65,7 +74,7 @@ def test_a_private_session_stays_on_this_machine_and_leaves_nothing(
         assert ray.get(ray.remote(lambda: 1).remote()) == 1, "a guest leaves the cluster running"
     assert not ray.is_initialized()
     assert children() == before
-    assert set(Path(tempfile.gettempdir()).glob("introvert-*")) <= session_dirs
+    assert not list(own_temp.glob("introvert-*"))
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
 
 
