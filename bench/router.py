@@ -7,6 +7,7 @@ domains (`corpus.{train,valid,test}.jsonl`). Disagreements are judged by the emb
 Times are of one process that is held on one core.
 
     .venv/bin/python bench/router.py [--quick] [--report FILE] [--data DIR] [--clinc FILE]
+        [--only clinc|corpus] [--keep DIR]
 
 Data that is missing is skipped with a word, and its goals then count as missed.
 """
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ GOALS = {"clinc": ">= 0.75", "corpus": ">= 0.90"}
 TORCH_TEXTS = 1000
 BATCH = 256
 EMBEDDED_SINGLY = 300
+QUICK = 1500
+"""Texts to fit on and to measure on in a quick run, which takes CLINC150 alone."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,24 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def fit(corpus: Corpus, report: Report) -> Fitted:
-    """Fit, teach, save, and load as a gateway would."""
+def fitted(corpus: Corpus, report: Report, kept: Path | None) -> Fitted:
+    """The router of a corpus: one that an earlier run kept, or one made now."""
+    from router.model import Router
+
+    with ExitStack() as stack:
+        if kept is None:
+            kept = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = kept / corpus.key
+        if not (directory / "router.json").is_file():
+            fit(corpus, report, directory)
+        router = Router.load(directory, device="cpu", threads=1, runtime="auto")
+        size = sum(file.stat().st_size for file in directory.iterdir())
+    report.add(f"{corpus.key}_router_mb", size / 1e6, "MB")
+    return Fitted(corpus, router, router.embedder.encode(corpus.test) @ router.centroids.T)
+
+
+def fit(corpus: Corpus, report: Report, directory: Path) -> None:
+    """Fit, teach and save as `introvert fit` does."""
     from router.distillation import Texts
     from router.embedder import load_embedder
     from router.model import Router
@@ -112,12 +131,7 @@ def fit(corpus: Corpus, report: Report) -> Fitted:
     begin = time.perf_counter()
     taught = plain.taught(texts(corpus.train, vectors), texts(corpus.valid, heldout))
     report.add(f"{corpus.key}_distilling_s", time.perf_counter() - begin, "s")
-    with tempfile.TemporaryDirectory() as directory:
-        taught.save(Path(directory))
-        router = Router.load(Path(directory), device="cpu", threads=1, runtime="auto")
-        size = sum(file.stat().st_size for file in Path(directory).iterdir())
-    report.add(f"{corpus.key}_router_mb", size / 1e6, "MB")
-    return Fitted(corpus, router, router.embedder.encode(corpus.test) @ router.centroids.T)
+    taught.save(directory)
 
 
 def measure_agreement(fitted: Fitted, report: Report) -> None:
@@ -257,6 +271,9 @@ def main() -> int:
     arguments.add_argument("--data", type=Path, default=DATA, help="directory of the corpora")
     arguments.add_argument("--clinc", type=Path, help="CLINC150 as JSONL; default: in --data")
     arguments.add_argument("--only", choices=sorted(CLUSTERS), help="one of the corpora")
+    arguments.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep routers there, and use those that are there"
+    )
     options = arguments.parse_args()
     report = Report("router", conditions={"quick": options.quick})
     sources = {
@@ -265,16 +282,18 @@ def main() -> int:
     }
     timed_on: Fitted | None = None
     for key, (read, place) in sources.items():
-        if options.only not in (None, key):
+        if (options.only or (options.quick and "clinc") or key) != key:
             continue
         try:
             corpus = read(place)
         except FileNotFoundError as error:
             miss_all(key, report, f"{error.filename} is missing; name it by --data or --clinc")
             continue
-        fitted = fit(corpus, report)
-        measure_agreement(fitted, report)
-        timed_on = timed_on or fitted
+        if options.quick:
+            corpus = Corpus(key, corpus.train[:QUICK], corpus.valid, corpus.test[:QUICK])
+        found = fitted(corpus, report, options.keep)
+        measure_agreement(found, report)
+        timed_on = timed_on or found
     if timed_on is not None:
         report.conditions["times_of"] = timed_on.corpus.key
         measure_embedder(timed_on, report)

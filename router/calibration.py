@@ -113,13 +113,14 @@ def sure_from(
     target: float,
     floor: float,
     before: tuple[int, int] = (0, 0),
+    deviations: float = 1.0,
 ) -> Sureness:
     """The limits that let the student answer most while its agreement holds the target.
 
     What counts is not the agreement measured but its bound: with k disagreements among n answers,
-    k + 1 + sqrt(k + 3/4), the upper limit of one standard deviation on k (Gehrels 1986, section
-    II), over n must be no more than what the target leaves. So a few lucky texts allow nothing: at
-    99% it takes 187 without any disagreement.
+    k + S sqrt(k + 3/4) + (S^2 + 3) / 4, the upper limit of S standard deviations on k (Gehrels
+    1986, equation 10), over n must be no more than what the target leaves. So a few lucky texts
+    allow nothing: at 99% and one deviation it takes 187 without any disagreement.
 
     Args:
         confidences: of the student, shape (N,).
@@ -129,6 +130,7 @@ def sure_from(
         floor: no estimate below it is believed: the threshold of abstention.
         before: answers to other texts that another student has given already, and how many of
             them were disagreements; the target is that of all answers together.
+        deviations: S; more where the limits are the best of several that were tried.
     """
     confidence = np.asarray(confidences, dtype=np.float64)
     score = np.asarray(scores, dtype=np.float64)
@@ -139,7 +141,7 @@ def sure_from(
     floors = {floor, *(max(floor, float(np.quantile(score, share))) for share in TRIED_FLOORS)}
     for least in sorted(floors):
         kept = score >= least
-        count, limit = _most_answers(confidence[kept], right[kept], target, before)
+        count, limit = _most_answers(confidence[kept], right[kept], target, before, deviations)
         if count > best.answered * right.size:
             believed = kept & (confidence >= limit)
             best = Sureness(
@@ -157,13 +159,15 @@ def _most_answers(
     right: npt.NDArray[np.bool_],
     target: float,
     before: tuple[int, int],
+    deviations: float,
 ) -> tuple[int, float]:
     """How many of the most confident answers hold the target, and the least confident of them."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
     wrong = before[1] + np.cumsum(~right[order])
     answers = before[0] + np.arange(1, len(order) + 1)
-    bound = (wrong + 1 + np.sqrt(wrong + 0.75)) / answers
+    upper = wrong + deviations * np.sqrt(wrong + 0.75) + (deviations**2 + 3) / 4
+    bound = upper / answers
     # Equal confidences are believed together or not at all.
     last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
     good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,12 @@ ENOUGH_MEASURED = 1500
 """Fewer held-out documents than this are joined by some of the training ones..."""
 MOST_SET_ASIDE = 0.2
 """... up to this share of them, which the student then does not learn from."""
+TRIED_SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
+"""Of the disagreements that the target leaves, what a first student may have before a second."""
+TRIED_DEVIATIONS = 2.0
+"""Certainty of limits that are the best of several."""
+ENCODER_WORK = 0.3
+"""Of an encoder for a text, as a share of the embedder's."""
 CUT_FROM_WORDS = 30
 """A document of fewer words is as short as a question already."""
 SPAN_WORDS = (5, 15)
@@ -97,6 +103,7 @@ def distil(
         config: agreement asked for and tokens that are read.
         seed: of every sample.
     """
+    from router.encoder import Encoder
     from router.student import Student
 
     if len(train.vectors) < LEAST_DOCUMENTS or len(centroids) < 2:
@@ -135,38 +142,29 @@ def distil(
         update={"training_texts": len(lessons.texts), "settings": student.settings()}
     )
     _tell("student", record)
-    second = None
-    if encoding:
-        assert isinstance(embedder, SentenceEmbedder), "it has layers"
-        second = _encoder(embedder, lessons, exam, answers, terms=terms, config=config, seed=seed)
-    return Cascade(student, record, config.max_tokens, second)
-
-
-def _encoder(
-    embedder: SentenceEmbedder,
-    lessons: _Sample,
-    exam: _Sample,
-    answers: Answers,
-    *,
-    terms: Terms,
-    config: RouterConfig,
-    seed: int,
-) -> Cascade:
-    """The second student, which is asked where the first is not sure."""
-    from router.encoder import Encoder
-
-    layers = config.encoder_layers
-    learnt = train_encoder(
-        embedder, lessons.texts, lessons.cosines, layers=layers, seed=seed, threads=1
+    alone = Cascade(student, record, config.max_tokens)
+    if not encoding:
+        return alone
+    assert isinstance(embedder, SentenceEmbedder), "it has layers"
+    arrays, settings = train_encoder(
+        embedder,
+        lessons.texts,
+        lessons.cosines,
+        layers=config.encoder_layers,
+        seed=seed,
+        threads=1,
     )
-    encoder = Encoder(*learnt)
-    guesses = encoder.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
-    record, _ = measure(exam.texts, guesses, exam.cosines, terms, answers)
-    record = record.model_copy(
-        update={"training_texts": len(lessons.texts), "settings": encoder.settings()}
-    )
+    encoder = Encoder(arrays, settings)
+    second = encoder.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
+    pair = measure_pair(exam.texts, guesses, second, exam.cosines, terms)
+    if pair is None or float(np.mean(~answers.sure)) <= pair.work:
+        logger.info("the encoder would spare no work, so there is none")
+        return alone
+    told = {"training_texts": len(lessons.texts)}
+    first = pair.first.model_copy(update={**told, "settings": student.settings()})
+    record = pair.second.model_copy(update={**told, "settings": settings})
     _tell("student with its encoder", record)
-    return Cascade(encoder, record, config.max_tokens)
+    return Cascade(student, first, config.max_tokens, Cascade(encoder, record, config.max_tokens))
 
 
 @dataclass(frozen=True)
@@ -179,6 +177,18 @@ class Terms:
     """Cosine below which the router abstains."""
     target: float
     """Agreement that is asked for."""
+    deviations: float = 1.0
+    """Standard deviations by which it must be certain."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two students, one asked where the other is not sure."""
+
+    first: StudentRecord
+    second: StudentRecord
+    work: float
+    """Of the embedder's for the same texts, the share that is left with them."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,7 @@ def measure(
             right[rows],
             target=terms.target,
             floor=terms.threshold,
+            deviations=terms.deviations,
             before=(int(done.sum()), int((~earlier[done]).sum())),
         )
 
@@ -257,6 +268,45 @@ def measure(
         settings={},
     )
     return record, answers
+
+
+def measure_pair(
+    texts: list[str],
+    first: Sequence[Guess],
+    second: Sequence[Guess],
+    cosines: Vectors,
+    terms: Terms,
+) -> Pair | None:
+    """How sure each of two students must be for the least work, together within the target.
+
+    What the first may get wrong is taken from what is left for the second, which errs less: so the
+    first gets a share of it, the best of some that are tried, and is then asked for more certainty.
+
+    Args:
+        texts: held out, documents first.
+        first: guesses of the one that is asked first.
+        second: guesses of the other.
+        cosines: the embedder's, shape (N, K).
+        terms: what is asked for.
+
+    Returns:
+        None where the second would not be believed.
+    """
+    best: Pair | None = None
+    strict = replace(terms, deviations=TRIED_DEVIATIONS)
+    for share in TRIED_SHARES:
+        stricter = replace(strict, target=1 - share * (1 - terms.target))
+        one, answers = measure(texts, first, cosines, stricter)
+        two, both = measure(texts, second, cosines, strict, answers)
+        work = _work(answers.sure, both.sure)
+        if both.sure.sum() > answers.sure.sum() and (best is None or work < best.work):
+            best = Pair(one, two, work)
+    return best
+
+
+def _work(first: Flags, both: Flags) -> float:
+    """Share of the embedder's work that is left where two students answer some texts."""
+    return ENCODER_WORK * float(np.mean(~first)) + float(np.mean(~both))
 
 
 def cut_pieces(documents: list[str], most: int, random: np.random.Generator) -> list[str]:

@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from configs.schema import RouterConfig
 from router.conversation import Message
-from router.distillation import Texts, cut_pieces
+from router.distillation import (
+    ENCODER_WORK,
+    Terms,
+    Texts,
+    cut_pieces,
+    measure,
+    measure_pair,
+)
 from router.errors import RouterFormatError
+from router.guess import Guess
 from router.model import Router
 from router.storage import STUDENT_FILE
 
@@ -90,6 +99,45 @@ def test_few_documents_teach_nobody(words: WordEmbedder, texts: list[str]) -> No
     router = taught(words, texts[:600])
     assert router.student is None
     assert router.quick_route([Message("user", texts[0])]) is None
+
+
+def guessed(
+    rng: np.random.Generator, clusters: npt.NDArray[np.int64], hardness: float
+) -> list[Guess]:
+    """Guesses that are the less sure the likelier they are wrong."""
+    confidences = rng.random(len(clusters))
+    wrong = rng.random(len(clusters)) < hardness * (1 - confidences) ** 2
+    return [
+        Guess(
+            cluster=int(cluster + miss) % 4,
+            confidence=float(confidence),
+            score=0.9,
+            scores=np.array([0.9, 0.1], dtype=np.float32),
+            clusters=np.array([(cluster + miss) % 4, (cluster + miss + 1) % 4]),
+        )
+        for cluster, miss, confidence in zip(clusters, wrong, confidences, strict=True)
+    ]
+
+
+def test_a_second_student_takes_over_where_it_spares_work() -> None:
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(4, size=6000)
+    cosines = np.eye(4, dtype=np.float32)[clusters]
+    texts = ["a short question"] * len(clusters)
+    terms = Terms(documents=len(texts), threshold=0.5, target=0.99)
+    first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.05)
+    alone, _ = measure(texts, first, cosines, terms)
+    pair = measure_pair(texts, first, second, cosines, terms)
+    assert pair is not None
+    assert pair.second.documents.answered > alone.documents.answered + 0.2
+    assert pair.second.documents.agreement is not None
+    assert pair.second.documents.agreement >= 0.99
+    assert pair.first.documents.answered <= alone.documents.answered
+    assert pair.first.target >= terms.target
+    left = 1 - pair.first.documents.answered, 1 - pair.second.documents.answered
+    assert pair.work == pytest.approx(ENCODER_WORK * left[0] + left[1])
+    certain = Terms(documents=len(texts), threshold=0.5, target=1.0)
+    assert measure_pair(texts, first, second, cosines, certain) is None
 
 
 def test_pieces_are_sentences_and_spans_of_long_documents() -> None:

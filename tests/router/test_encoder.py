@@ -11,7 +11,7 @@ from configs.schema import RouterConfig
 from router import distillation, encoder_training
 from router.cascade import Cascade
 from router.conversation import Message
-from router.distillation import Texts
+from router.distillation import Pair, Terms, Texts, measure
 from router.encoder import Encoder
 from router.encoder_graph import ENTRY, HEAD
 from router.encoder_training import can_be_cut, train_encoder
@@ -123,6 +123,12 @@ def test_a_router_is_taught_both_and_keeps_them_on_disk(
 ) -> None:
     monkeypatch.setattr(distillation, "LEAST_DOCUMENTS", 10)
     monkeypatch.setattr(distillation, "MOST_FOR_ENCODER", 50)
+
+    def pair(texts: Any, first: Any, second: Any, cosines: Any, terms: Terms) -> Pair:
+        one, answers = measure(texts, first, cosines, terms)
+        return Pair(one, measure(texts, second, cosines, terms, answers)[0], work=-1.0)
+
+    monkeypatch.setattr(distillation, "measure_pair", pair)
     config = RouterConfig(
         clusters=3, device="cpu", agreement=0.5, encoder_layers=1, abstain_quantile=0.0
     )
