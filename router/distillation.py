@@ -47,7 +47,7 @@ MOST_SET_ASIDE = 0.2
 """... up to this share of them, which the student then does not learn from."""
 TRIED_SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
 """Of the disagreements that the target leaves, what a first student may have before a second."""
-TRIED_DEVIATIONS = 2.0
+TRIED_DEVIATIONS = 1.5
 """Certainty of limits that are the best of several."""
 ENCODER_WORK = 0.3
 """Of an encoder for a text, as a share of the embedder's."""

@@ -23,8 +23,8 @@ from router.student_training import Floats, Indices, best_targets, loss_of, torc
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 2
-MOST_STEPS = 1500
+EPOCHS = 3
+MOST_STEPS = 2000
 BATCH = 64
 SORTED = 32
 """Batches whose texts are sorted by length together, so that little is padding."""
