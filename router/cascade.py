@@ -14,40 +14,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from router.calibration import Sureness
+from router.guess import Guess, blended
 
 SHORT_CHARACTERS = 120
 """Up to here a text is short, as questions are: there is less in it to be sure by."""
 CHARACTERS_PER_TOKEN = 5
 """About as much of a long text as the embedder reads, without cutting it into tokens first."""
-
-
-class Guess(Protocol):
-    """What a student makes of a text."""
-
-    @property
-    def cluster(self) -> int:
-        """The likeliest cluster."""
-        ...
-
-    @property
-    def confidence(self) -> float:
-        """How sure it is of that; larger is surer."""
-        ...
-
-    @property
-    def score(self) -> float:
-        """Estimated cosine of the text and that cluster's centroid."""
-        ...
-
-    @property
-    def scores(self) -> npt.NDArray[np.float32]:
-        """Estimated cosines with the best clusters, best first."""
-        ...
-
-    @property
-    def clusters(self) -> npt.NDArray[np.int64]:
-        """Those clusters."""
-        ...
 
 
 class Guesser(Protocol):
@@ -151,7 +123,22 @@ class Cascade:
         guesses = self.student.guess_many([text[: self._characters] for text in texts])
         if not sure_only:
             return list(guesses)
-        found: list[Guess | None] = [
+        found = self._believed(texts, guesses)
+        left = [place for place, guess in enumerate(found) if guess is None]
+        if self.second is not None and left:
+            more = self.second._after([texts[p] for p in left], [guesses[p] for p in left])
+            for place, guess in zip(left, more, strict=True):
+                found[place] = guess
+        return found
+
+    def _after(self, texts: Sequence[str], firsts: Sequence[Guess]) -> list[Guess | None]:
+        """Guesses of a second student, who knows what the first has guessed."""
+        guesses = self.student.guess_many([text[: self._characters] for text in texts])
+        together = [blended(first, own) for first, own in zip(firsts, guesses, strict=True)]
+        return self._believed(texts, together)
+
+    def _believed(self, texts: Sequence[str], guesses: Sequence[Guess]) -> list[Guess | None]:
+        return [
             guess
             if (self.record.short if is_short(text) else self.record.long).allows(
                 guess.confidence, guess.score
@@ -159,12 +146,6 @@ class Cascade:
             else None
             for text, guess in zip(texts, guesses, strict=True)
         ]
-        left = [place for place, guess in enumerate(found) if guess is None]
-        if self.second is not None and left:
-            more = self.second.sure_guesses([texts[place] for place in left])
-            for place, guess in zip(left, more, strict=True):
-                found[place] = guess
-        return found
 
     def leads(self, guess: Guess, home: int, margin: float) -> bool | None:
         """Whether the guessed cluster is ahead of another by more than a margin.

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from configs.schema import RouterConfig
 from router.calibration import Sureness, sure_from
-from router.cascade import Cascade, Guess, Measured, StudentRecord, is_short, seen_by_student
+from router.cascade import Cascade, Measured, StudentRecord, is_short, seen_by_student
 from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
+from router.guess import Guess, blended
 from router.student_queries import made_up_queries
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,10 @@ def distil(
         threads=1,
     )
     encoder = Encoder(arrays, settings)
-    second = encoder.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
+    seen = [seen_by_student(text, config.max_tokens) for text in exam.texts]
+    second = [
+        blended(first, own) for first, own in zip(guesses, encoder.guess_many(seen), strict=True)
+    ]
     pair = measure_pair(exam.texts, guesses, second, exam.cosines, terms)
     if pair is None or float(np.mean(~answers.sure)) <= pair.work:
         logger.info("the encoder would spare no work, so there is none")
@@ -285,7 +289,7 @@ def measure_pair(
     Args:
         texts: held out, documents first.
         first: guesses of the one that is asked first.
-        second: guesses of the other.
+        second: guesses of the other, blended with them.
         cosines: the embedder's, shape (N, K).
         terms: what is asked for.
 

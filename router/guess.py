@@ -5,6 +5,7 @@ Knows nothing of how the logits came about.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ Indices = npt.NDArray[np.int64]
 
 TEMPERATURE = 0.05
 """Logits times this are estimates of cosines."""
+BLEND = 0.25
+"""Weight of a first student's estimates beside those of a second one, which errs elsewhere."""
 TOP = 16
 """Best clusters that a guess names."""
 
@@ -55,3 +58,19 @@ def guesses_of(values_NT: Floats, best_NT: Indices, confidences: Floats) -> list
         Guess(int(best[0]), confidence, float(scores[0]), scores, best)
         for best, confidence, scores in zip(best_NT, confidences.tolist(), scores_NT, strict=True)
     ]
+
+
+def blended(first: Guess, second: Guess) -> Guess:
+    """What two students make of a text together; of the clusters that the second names.
+
+    A cluster that the first does not name has no more than the least score that it gives.
+    """
+    known = dict(zip(first.clusters.tolist(), first.scores.tolist(), strict=True))
+    least = float(first.scores[-1])
+    others = np.array([known.get(c, least) for c in second.clusters.tolist()], dtype=np.float32)
+    scores = (1 - BLEND) * second.scores + BLEND * others
+    order = np.argsort(-scores, kind="stable")
+    scores, clusters = scores[order].astype(np.float32), second.clusters[order]
+    margin = float(scores[0] - scores[1]) if len(scores) > 1 else 2.0
+    confidence = 1 / (1 + math.exp(-margin / TEMPERATURE))
+    return Guess(int(clusters[0]), confidence, float(scores[0]), scores, clusters)

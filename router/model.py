@@ -16,12 +16,13 @@ import numpy.typing as npt
 from configs.manifest import expert_id
 from configs.schema import RouterConfig, Runtime
 from router.calibration import Calibration, calibrate
-from router.cascade import Cascade, Guess, Guesser, StudentRecord
+from router.cascade import Cascade, Guesser, StudentRecord
 from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
 from router.conversation import Message, opening_text, routing_text
 from router.distillation import Texts, distil
 from router.embedder import Embedder
 from router.errors import RouterFormatError
+from router.guess import Guess
 from router.serving_embedder import require_digest, serving_embedder
 from router.storage import (
     ENCODER_FILE,

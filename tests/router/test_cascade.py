@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from router.calibration import Calibration, Sureness
 from router.cascade import SHORT_CHARACTERS, Cascade, Measured, StudentRecord
 from router.conversation import Message
 from router.errors import UnroutableError
+from router.guess import BLEND, TEMPERATURE, Guess, blended
 from router.model import Router
 from router.storage import RouterRecord
 from router.types import Candidate
@@ -21,36 +21,20 @@ LEAD_ERROR = 0.05
 STICKY_MARGIN = 0.2
 
 
-@dataclass(frozen=True)
-class Told:
-    """A guess made of its parts."""
-
-    confidence: float
-    scores: npt.NDArray[np.float32]
-    clusters: npt.NDArray[np.int64]
-
-    @property
-    def cluster(self) -> int:
-        return int(self.clusters[0])
-
-    @property
-    def score(self) -> float:
-        return float(self.scores[0])
-
-
 class Parrot:
     """A student whose texts say what to guess: `CONFIDENCE SCORE-OF-0 SCORE-OF-1 ...`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def guess(self, text: str) -> Told:
+    def guess(self, text: str) -> Guess:
         self.asked.append(text)
         confidence, *scores = map(float, text.split())
         order = np.argsort(-np.array(scores), kind="stable")
-        return Told(confidence, np.array(scores, dtype=np.float32)[order], order)
+        falling = np.array(scores, dtype=np.float32)[order]
+        return Guess(int(order[0]), confidence, float(falling[0]), falling, order)
 
-    def guess_many(self, texts: Sequence[str]) -> list[Told]:
+    def guess_many(self, texts: Sequence[str]) -> list[Guess]:
         return [self.guess(text) for text in texts]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -129,9 +113,10 @@ def test_what_the_student_is_sure_of_needs_no_embedder() -> None:
 def test_a_second_student_is_asked_what_the_first_is_not_sure_of() -> None:
     router, first, embedder = make_router()
     second = Parrot()
-    cascade = Cascade(first, make_record(), 128, Cascade(second, make_record(short=0.8), 128))
+    # of a second student the lead of the best cluster says how sure it is: 0.5 is, 0.01 is not
+    cascade = Cascade(first, make_record(), 128, Cascade(second, make_record(), 128))
     both = Router(router._record, router.centroids, embedder, cascade)
-    texts = ["0.95 0.75 0.25", "0.85 0.75 0.25", "0.75 0.75 0.25"]
+    texts = ["0.95 0.75 0.25", "0.85 0.75 0.25", "0.85 0.75 0.74"]
     routes = both.route_conversations([turns(text) for text in texts])
     assert [route.by for route in routes] == ["student", "student", "embedder"]
     assert [route.expert for route in routes] == ["expert-0000", "expert-0000", "expert-0001"]
@@ -139,6 +124,21 @@ def test_a_second_student_is_asked_what_the_first_is_not_sure_of() -> None:
     assert embedder.calls == [texts[2:]]
     assert both.quick_route(turns(texts[1])) is None, "it is not quick enough for that"
     assert len(second.asked) == 2
+
+
+def test_two_guesses_are_one_estimate() -> None:
+    def told(scores: list[float], clusters: list[int]) -> Guess:
+        falling = np.array(scores, dtype=np.float32)
+        return Guess(clusters[0], 0.5, scores[0], falling, np.array(clusters))
+
+    first, second = told([0.8, 0.2], [7, 3]), told([0.5, 0.45, 0.1], [3, 7, 5])
+    found = blended(first, second)
+    assert found.clusters.tolist() == [7, 3, 5]
+    wanted = [0.75 * 0.45 + BLEND * 0.8, 0.75 * 0.5 + BLEND * 0.2, 0.75 * 0.1 + BLEND * 0.2]
+    np.testing.assert_allclose(found.scores, wanted, rtol=1e-6)
+    assert (found.cluster, found.score) == (7, pytest.approx(wanted[0]))
+    margin = (wanted[0] - wanted[1]) / TEMPERATURE
+    assert found.confidence == pytest.approx(1 / (1 + np.exp(-margin)))
 
 
 @pytest.mark.parametrize(
@@ -222,5 +222,5 @@ def test_a_conversation_without_text_is_refused() -> None:
 
 def test_a_cluster_that_the_guess_leaves_out_leads_nobody() -> None:
     cascade = Cascade(Parrot(), make_record(), 128)
-    guess = Told(1.0, np.ones(1, np.float32), np.zeros(1, np.int64))
+    guess = Guess(0, 1.0, 1.0, np.ones(1, np.float32), np.zeros(1, np.int64))
     assert cascade.leads(guess, 1, 0.1) is None
