@@ -160,6 +160,10 @@ def main() -> int:
     report.add("perplexity_hindsight", total.hindsight, "")
     report.add("perplexity_routed_shared_init", warmed.overall.routed, "")
     report.add("shared_init_over_scratch", warmed.overall.routed / total.routed, "")
+    if result.student is not None:
+        report.add("student_answered", result.student.documents / total.documents, "")
+        report.add("student_agreement", result.student.agreement, "")
+        report.add("student_regret", result.student.regret, "nats/token")
     if total.single is not None:
         report.add("perplexity_single", total.single, "")
         report.add("routed_over_single", total.routed / total.single, "")

@@ -64,6 +64,26 @@ def losses_by_arm(
     return arms
 
 
+def routing_regret(
+    losses: dict[str, np.ndarray],
+    served: Sequence[str],
+    chosen: Sequence[int | None],
+    wanted: Sequence[int | None],
+) -> float:
+    """Nats per token by which some choices of experts do worse than others of the same documents.
+
+    Args:
+        losses: by arm, `[documents, 2]`: nats and tokens.
+        served: the experts that may be chosen.
+        chosen: the expert of each document, an index into `served`; none: the base.
+        wanted: what it is compared with, likewise.
+    """
+    mine, best = (
+        losses_by_arm(losses, served, choices, seed=0)["routed"] for choices in (chosen, wanted)
+    )
+    return float((mine - best).sum() / max(1.0, losses[BASE_ARM][:, 1].sum()))
+
+
 def perplexities(nats: dict[str, np.ndarray], tokens: np.ndarray, mask: np.ndarray) -> Arms:
     """Perplexity of every arm on the documents of a mask, given all documents' nats and tokens."""
     total = tokens[mask].sum()

@@ -25,6 +25,7 @@ from expert_trainer.arms import (
     headroom_closed,
     losses_by_arm,
     perplexities,
+    routing_regret,
 )
 from expert_trainer.base import base_digest
 from expert_trainer.bundle import COPIES_DIR, Bundle, open_published, router_version
@@ -220,14 +221,10 @@ def _judged(
     whole = router.embedder_routes([request_of(documents[place]) for place in places])
     chosen, wanted = _choices([routes[place] for place in places], served), _choices(whole, served)
     some = {arm: rows[places] for arm, rows in losses.items()}
-    nats, best = (
-        losses_by_arm(some, served, choices, seed=config.seed)["routed"]
-        for choices in (chosen, wanted)
-    )
     return StudentEvaluation(
         documents=len(places),
         agreement=float(np.mean([a == b for a, b in zip(chosen, wanted, strict=True)])),
-        regret=float((nats - best).sum() / max(1, some[BASE_ARM][:, 1].sum())),
+        regret=routing_regret(some, served, chosen, wanted),
     )
 
 

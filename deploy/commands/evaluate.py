@@ -40,6 +40,12 @@ def describe(result: Evaluation) -> str:
             f"routing closes {result.headroom_closed:.0f}% of the loss between base and hindsight; "
             f"{result.abstained} documents went to the base"
         )
+    if result.student is not None:
+        lines.append(
+            f"the router's students answered {result.student.documents} documents, "
+            f"{result.student.agreement:.1%} as the embedder would; that costs "
+            f"{result.student.regret:+.5f} nats per token"
+        )
     for attempt in result.single:
         mark = " (chosen)" if attempt.chosen else ""
         loss = "–" if attempt.valid_loss is None else f"{attempt.valid_loss:.4f}"

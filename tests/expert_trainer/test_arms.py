@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_trainer.arms import headroom_closed, losses_by_arm, perplexities
+from expert_trainer.arms import headroom_closed, losses_by_arm, perplexities, routing_regret
 
 TOKENS = np.array([2.0, 4.0])
 LOSSES = {
@@ -25,6 +25,14 @@ def test_each_arm_takes_its_choice_of_every_document() -> None:
     assert 2 <= nats["random"][0] <= 5
     assert 6 <= nats["random"][1] <= 9
     assert headroom_closed(nats) == pytest.approx(50)
+
+
+def test_regret_is_what_other_choices_cost_per_token() -> None:
+    served = ["a", "b"]
+    assert routing_regret(LOSSES, served, [0, 1], [0, 1]) == 0
+    assert routing_regret(LOSSES, served, [1, 1], [0, 1]) == pytest.approx((5 - 2) / 6)
+    assert routing_regret(LOSSES, served, [None, 1], [0, 1]) == pytest.approx((4 - 2) / 6)
+    assert routing_regret(LOSSES, served, [0, 1], [1, 0]) == pytest.approx((2 - 5 + 6 - 9) / 6)
 
 
 def test_perplexity_is_weighted_by_tokens() -> None:
