@@ -230,7 +230,7 @@ def route(report: Report, here: Path, seconds: float) -> None:
         return " ".join(chosen[at : at + 10])
 
     if not (directory / "router.json").is_file():
-        config = RouterConfig(clusters=10)
+        config = RouterConfig(clusters=10, encoder_layers=0)
         embedder = load_embedder(
             config.embedder, device="cpu", batch_size=256, max_tokens=config.max_tokens
         )

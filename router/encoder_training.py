@@ -24,7 +24,8 @@ from router.student_training import Floats, Indices, best_targets, loss_of, torc
 logger = logging.getLogger(__name__)
 
 EPOCHS = 3
-MOST_STEPS = 2000
+MOST_TOKENS = 2_000_000
+"""Tokens learned from in all, which bounds the time to minutes on a core, whatever the texts."""
 BATCH = 64
 SORTED = 32
 """Batches whose texts are sorted by length together, so that little is padding."""
@@ -64,7 +65,7 @@ def train_encoder(
     """Teach the embedder's first layers; on the embedder's device.
 
     On a CPU the same seed, data and number of threads give the same arrays. The pace is bounded:
-    `MOST_STEPS` batches of `BATCH` texts, of each `TOKENS` tokens.
+    of each text `TOKENS` tokens are read, and `MOST_TOKENS` in all.
 
     Args:
         embedder: one that `can_be_cut`.
@@ -149,7 +150,8 @@ def _tokenizer(embedder: SentenceEmbedder) -> Any:
 def _schedule(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[tuple[float, Indices]]:
     # Up in a straight line, then down to nothing; every text once before any comes again.
     sizes = np.array(lengths)
-    steps = max(1, min(EPOCHS * len(sizes) // BATCH, MOST_STEPS))
+    seen = min(EPOCHS * len(sizes), int(MOST_TOKENS / max(1.0, sizes.mean())))
+    steps = max(1, seen // BATCH)
     waiting: list[Indices] = []
     for step in range(steps):
         if not waiting:
