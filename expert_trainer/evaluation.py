@@ -128,7 +128,8 @@ def evaluate(config: RunConfig, on_event: OnEvent = ignore, *, baseline: bool = 
     fit, bundle = read_fit(config), open_published(config.bundle)
     _require_same(config, bundle)
     split, documents = heldout_documents(config, fit)
-    routes = serving_routes(config, bundle, documents)
+    router = serving_router(config, bundle)
+    routes = serving_routes(router, documents)
     served = [entry.id for entry in bundle.manifest.served]
     with ray_session():
         tries = _train_single(config, fit, bundle, on_event) if baseline else []
@@ -160,7 +161,7 @@ def evaluate(config: RunConfig, on_event: OnEvent = ignore, *, baseline: bool = 
         ],
         headroom_closed=headroom_closed(nats),
         abstained=int(abstained.sum()),
-        student=_judged(config, bundle, documents, routes, losses),
+        student=_judged(router, served, documents, routes, losses),
         single=[attempt for _, attempt in tries],
         experts_tokens_seen=sum(
             bundle.card(entry).tokens_seen for entry in bundle.manifest.experts
@@ -194,9 +195,13 @@ def _require_same(config: RunConfig, bundle: Bundle) -> None:
                 )
 
 
-def serving_routes(config: RunConfig, bundle: Bundle, documents: Sequence[Document]) -> list[Route]:
+def serving_router(config: RunConfig, bundle: Bundle) -> Router:
+    """The bundle's router."""
+    return Router.load(bundle.router_dir, device=config.router.device)
+
+
+def serving_routes(router: Router, documents: Sequence[Document]) -> list[Route]:
     """Where serving would send each document, the stickiness of chats included."""
-    router = Router.load(bundle.router_dir, device=config.router.device)
     return router.route_conversations([request_of(document) for document in documents])
 
 
@@ -206,8 +211,8 @@ def _choices(routes: Sequence[Route], served: Sequence[str]) -> list[int | None]
 
 
 def _judged(
-    config: RunConfig,
-    bundle: Bundle,
+    router: Router,
+    served: Sequence[str],
     documents: Sequence[Document],
     routes: Sequence[Route],
     losses: dict[str, np.ndarray],
@@ -216,8 +221,6 @@ def _judged(
     places = [place for place, route in enumerate(routes) if route.by == "student"]
     if not places:
         return None
-    served = [entry.id for entry in bundle.manifest.served]
-    router = Router.load(bundle.router_dir, device=config.router.device)
     whole = router.embedder_routes([request_of(documents[place]) for place in places])
     chosen, wanted = _choices([routes[place] for place in places], served), _choices(whole, served)
     some = {arm: rows[places] for arm, rows in losses.items()}

@@ -105,7 +105,7 @@ class Cascade:
 
     def sure_guess(self, text: str) -> Guess | None:
         """The first student's guess, if it can be taken for the answer."""
-        limits = self.record.short if is_short(text) else self.record.long
+        limits = self._limits(text)
         if limits.confidence is None:
             return None
         guess = self.student.guess(text[: self._characters])
@@ -139,13 +139,12 @@ class Cascade:
 
     def _believed(self, texts: Sequence[str], guesses: Sequence[Guess]) -> list[Guess | None]:
         return [
-            guess
-            if (self.record.short if is_short(text) else self.record.long).allows(
-                guess.confidence, guess.score
-            )
-            else None
+            guess if self._limits(text).allows(guess.confidence, guess.score) else None
             for text, guess in zip(texts, guesses, strict=True)
         ]
+
+    def _limits(self, text: str) -> Sureness:
+        return self.record.short if is_short(text) else self.record.long
 
     def leads(self, guess: Guess, home: int, margin: float) -> bool | None:
         """Whether the guessed cluster is ahead of another by more than a margin.

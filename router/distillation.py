@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from configs.schema import RouterConfig
 from router.calibration import Sureness, sure_from
-from router.cascade import Cascade, Measured, StudentRecord, is_short, seen_by_student
+from router.cascade import Cascade, Guesser, Measured, StudentRecord, is_short, seen_by_student
 from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
 from router.guess import Guess, blended
@@ -136,18 +136,21 @@ def distil(
     # The one that will be loaded, whose numbers have been rounded, is the one to measure.
     student = Student.restore(fresh.arrays(), fresh.settings())
     exam = documents + pieces
-    guesses = student.guess_many([seen_by_student(text, config.max_tokens) for text in exam.texts])
+    seen = [seen_by_student(text, config.max_tokens) for text in exam.texts]
+    guesses = student.guess_many(seen)
     terms = Terms(len(documents.texts), threshold, config.agreement)
     record, answers = measure(exam.texts, guesses, exam.cosines, terms)
-    record = record.model_copy(
-        update={"training_texts": len(lessons.texts), "settings": student.settings()}
-    )
+
+    def step(of: Guesser, measured: StudentRecord, second: Cascade | None = None) -> Cascade:
+        told = {"training_texts": len(lessons.texts), "settings": of.settings()}
+        return Cascade(of, measured.model_copy(update=told), config.max_tokens, second)
+
     _tell("student", record)
-    alone = Cascade(student, record, config.max_tokens)
+    alone = step(student, record)
     if not encoding:
         return alone
     assert isinstance(embedder, SentenceEmbedder), "it has layers"
-    arrays, settings = train_encoder(
+    parts = train_encoder(
         embedder,
         lessons.texts,
         lessons.cosines,
@@ -155,8 +158,7 @@ def distil(
         seed=seed,
         threads=1,
     )
-    encoder = Encoder(arrays, settings)
-    seen = [seen_by_student(text, config.max_tokens) for text in exam.texts]
+    encoder = Encoder(*parts)
     second = [
         blended(first, own) for first, own in zip(guesses, encoder.guess_many(seen), strict=True)
     ]
@@ -164,11 +166,8 @@ def distil(
     if pair is None or float(np.mean(~answers.sure)) <= pair.work:
         logger.info("the encoder would spare no work, so there is none")
         return alone
-    told = {"training_texts": len(lessons.texts)}
-    first = pair.first.model_copy(update={**told, "settings": student.settings()})
-    record = pair.second.model_copy(update={**told, "settings": settings})
-    _tell("student with its encoder", record)
-    return Cascade(student, first, config.max_tokens, Cascade(encoder, record, config.max_tokens))
+    _tell("student with its encoder", pair.second)
+    return step(student, pair.first, step(encoder, pair.second))
 
 
 @dataclass(frozen=True)

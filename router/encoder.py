@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from router.encoder_graph import ENTRY, WORDS, session_of, whole
+from router.encoder_graph import ENTRY, WORDS, graph_of, whole
 from router.errors import RouterFormatError
-from router.guess import TEMPERATURE, Floats, Guess, best_logits, guesses_of
-from router.student_confidence import UNFITTED, confidence_of, measures_of
+from router.guess import (
+    TEMPERATURE,
+    Floats,
+    Guess,
+    best_logits,
+    guesses_of,
+    lead_confidences,
+)
+from router.tokens import in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
 TOKENS = 64
 """Tokens of a text that it reads."""
-CHARACTERS_PER_TOKEN = 16
-"""More than any text has on average: what lies beyond is not cut into tokens."""
-BATCH = 8
-"""Texts computed at once: on one core more gain nothing, and each is padded to the longest."""
 TOKENIZER = "tokenizer"
 
 
@@ -55,12 +58,11 @@ class Encoder:
         if not fits or self._tokenizer.get_vocab_size() > len(arrays[WORDS]):
             raise RouterFormatError("the parts of the router's encoder do not fit each other")
         self._arrays, self._settings = dict(arrays), dict(settings)
-        tokens = len(arrays[ENTRY[0]])
-        self._characters = tokens * CHARACTERS_PER_TOKEN
+        self._tokens = len(arrays[ENTRY[0]])
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(tokens)
+        self._tokenizer.enable_truncation(self._tokens)
         computed = {name: array for name, array in arrays.items() if name != TOKENIZER}
-        self._session = session_of(computed, layers, heads)
+        self._session = session_of(graph_of(computed, layers, heads))
 
     def guess(self, text: str) -> Guess:
         """Guess one text, of any length and any script."""
@@ -70,21 +72,9 @@ class Encoder:
         """Guess texts, in the order given, each as `guess` does but for rounding."""
         if not texts:
             return []
-        # Lone surrogates are letters that no tokenizer takes.
-        readable = [
-            text[: self._characters].encode("utf-8", "replace").decode("utf-8") for text in texts
-        ]
-        # Not the batch's own method, which starts threads.
-        ids = [self._tokenizer.encode(text).ids for text in readable]
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-        logits_NK = np.empty((len(ids), self._clusters), dtype=np.float32)
-        for start in range(0, len(order), BATCH):
-            places = order[start : start + BATCH]
-            logits_NK[places] = self._logits([ids[place] for place in places])
-        values_NT, best_NT = best_logits(logits_NK)
-        lengths = np.array([max(1, len(tokens)) for tokens in ids], dtype=np.int64)
-        measures = measures_of(logits_NK, values_NT, np.zeros(len(ids), dtype=np.float32), lengths)
-        return guesses_of(values_NT, best_NT, confidence_of(measures, UNFITTED))
+        ids = tokens_of(self._tokenizer, texts, self._tokens)
+        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits))
+        return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What was learned, to be saved as tensors."""
@@ -96,13 +86,10 @@ class Encoder:
 
     def _logits(self, ids: Sequence[Sequence[int]]) -> Floats:
         """Of texts, given as tokens: shape (B, K)."""
-        longest = max(1, *map(len, ids)) if len(ids) > 1 else max(1, len(ids[0]))
-        ids_BT = np.zeros((len(ids), longest), dtype=np.int64)
-        mask_BT = np.zeros((len(ids), longest), dtype=np.int32)
-        for row, tokens in enumerate(ids):
-            ids_BT[row, : len(tokens)] = tokens
-            mask_BT[row, : max(1, len(tokens))] = 1
-        given = {"ids": ids_BT, "mask": mask_BT, "places": np.arange(longest)}
+        ids_BT, mask_BT = padded(ids)
+        mask_BT[:, 0] = 1  # of no tokens at all, the mean of one
+        places_T = np.arange(ids_BT.shape[1])
+        given = {"ids": ids_BT, "mask": mask_BT.astype(np.int32), "places": places_T}
         logits_BK: Floats
         (logits_BK,) = self._session.run(None, given)
         return logits_BK

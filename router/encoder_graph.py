@@ -79,16 +79,16 @@ def whole(arrays: Arrays, layers: int, heads: int, clusters: int) -> bool:
     )
 
 
-def session_of(arrays: Arrays, layers: int, heads: int) -> Any:
-    """What computes logits, shape (B, K), from `ids` and `mask`, shape (B, T), and `places`, which
-    counts to T; on one thread.
+def graph_of(arrays: Arrays, layers: int, heads: int) -> bytes:
+    """The graph of the logits of texts, shape (B, K).
+
+    Its inputs are `ids` and `mask`, of shape (B, T), and `places`, which counts to T.
 
     Args:
         arrays: that are `whole`.
         layers: how many.
         heads: of the attention.
     """
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     nodes: list[Any] = []
@@ -143,8 +143,5 @@ def session_of(arrays: Arrays, layers: int, heads: int) -> Any:
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    content: bytes = model.SerializeToString()
+    return content

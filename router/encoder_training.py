@@ -8,20 +8,18 @@ for.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from router.embedder import Embedder, SentenceEmbedder, readable_text
-from router.encoder import CHARACTERS_PER_TOKEN, FORMAT, TOKENIZER, TOKENS
+from router.embedder import Embedder, SentenceEmbedder
+from router.encoder import FORMAT, TOKENIZER, TOKENS
 from router.encoder_graph import ENTRY, EPSILON, HEAD, LAYER, WORDS, layer_array
 from router.guess import TEMPERATURE
 from router.student_training import Floats, Indices, best_targets, loss_of, torch_threads
-
-logger = logging.getLogger(__name__)
+from router.tokens import padded, tokens_of
 
 EPOCHS = 3
 MOST_TOKENS = 2_000_000
@@ -83,9 +81,7 @@ def train_encoder(
     bert = _cut(embedder, layers)
     device = embedder.model.device
     tokenizer = _tokenizer(embedder)
-    ids = [
-        tokenizer.encode(readable_text(text, TOKENS * CHARACTERS_PER_TOKEN)).ids for text in texts
-    ]
+    ids = tokens_of(tokenizer, texts, TOKENS)
     targets = best_targets(cosines, np.arange(len(texts)))
     rng = np.random.default_rng(seed)
     width, clusters = bert.config.hidden_size, targets.total
@@ -167,12 +163,7 @@ def _schedule(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[tupl
 def _pooled(bert: Any, ids: Sequence[Sequence[int]], device: Any) -> Any:
     import torch
 
-    longest = max(1, *map(len, ids))
-    ids_BT = np.zeros((len(ids), longest), dtype=np.int64)
-    mask_BT = np.zeros((len(ids), longest), dtype=np.int64)
-    for row, tokens in enumerate(ids):
-        ids_BT[row, : len(tokens)] = tokens
-        mask_BT[row, : len(tokens)] = 1
+    ids_BT, mask_BT = padded(ids)
     mask_BT[:, 0] = 1
     mask = torch.from_numpy(mask_BT).to(device)
     hidden_BTD = bert(

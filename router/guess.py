@@ -5,7 +5,6 @@ Knows nothing of how the logits came about.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +59,14 @@ def guesses_of(values_NT: Floats, best_NT: Indices, confidences: Floats) -> list
     ]
 
 
+def lead_confidences(values_NT: Floats) -> Floats:
+    """How sure guesses are by the lead of their best logit alone, shape (N,)."""
+    if values_NT.shape[1] < 2:
+        return np.ones(len(values_NT), dtype=np.float32)
+    chances: Floats = 1 / (1 + np.exp(values_NT[:, 1] - values_NT[:, 0]))
+    return chances
+
+
 def blended(first: Guess, second: Guess) -> Guess:
     """What two students make of a text together; of the clusters that the second names.
 
@@ -70,7 +77,5 @@ def blended(first: Guess, second: Guess) -> Guess:
     others = np.array([known.get(c, least) for c in second.clusters.tolist()], dtype=np.float32)
     scores = (1 - BLEND) * second.scores + BLEND * others
     order = np.argsort(-scores, kind="stable")
-    scores, clusters = scores[order].astype(np.float32), second.clusters[order]
-    margin = float(scores[0] - scores[1]) if len(scores) > 1 else 2.0
-    confidence = 1 / (1 + math.exp(-margin / TEMPERATURE))
-    return Guess(int(clusters[0]), confidence, float(scores[0]), scores, clusters)
+    values_NT = np.asarray(scores[order] / TEMPERATURE, dtype=np.float32)[None]
+    return guesses_of(values_NT, second.clusters[order][None], lead_confidences(values_NT))[0]

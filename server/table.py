@@ -127,6 +127,16 @@ def write_table(path: Path, table: RoutingTable) -> None:
     temporary.replace(path)
 
 
+def table_identity(path: Path) -> tuple[int, int, int]:
+    """What tells the file of one table from that of the next, which replaces it by rename.
+
+    Raises:
+        FileNotFoundError: no table has been written yet.
+    """
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 def read_table(path: Path) -> RoutingTable:
     """Read the table file.
 

@@ -26,7 +26,14 @@ from server.control_process import ControlProcess
 from server.engine import check_engine_args
 from server.gateway_reports import SocketError, ask
 from server.lodging import keep, make_run_dir
-from server.table import CONTROL_SOCKET, ENGINE_KEY_FILE, TABLE_FILE, RoutingTable, read_table
+from server.table import (
+    CONTROL_SOCKET,
+    ENGINE_KEY_FILE,
+    TABLE_FILE,
+    RoutingTable,
+    read_table,
+    table_identity,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +66,7 @@ class BatchEngines:
         self._config = config.model_copy(update={"serving": serving})
         self._resources = ExitStack()
         self._table_file = Path()
-        self._table: tuple[tuple[int, int], RoutingTable] | None = None
+        self._table: tuple[tuple[int, int, int], RoutingTable] | None = None
         self._ending = threading.Event()
 
     def __enter__(self) -> Self:
@@ -102,11 +109,9 @@ class BatchEngines:
     @property
     def table(self) -> RoutingTable:
         """The newest routing table; the same object until there is another."""
-        # a table is replaced by rename, so another one is another file
-        found = self._table_file.stat()
-        version = found.st_ino, found.st_mtime_ns
-        if self._table is None or version != self._table[0]:
-            self._table = version, read_table(self._table_file)
+        identity = table_identity(self._table_file)
+        if self._table is None or identity != self._table[0]:
+            self._table = identity, read_table(self._table_file)
         return self._table[1]
 
     def demand(self, rates: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
-from server.table import RoutingTable, read_table
+from server.table import RoutingTable, read_table, table_identity
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class TableFile:
 
     def _read_if_new(self) -> RoutingTable | None:
         try:
-            stat = self._path.stat()
-            identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            identity = table_identity(self._path)
             if identity == self._seen:
                 return None
             table = read_table(self._path)

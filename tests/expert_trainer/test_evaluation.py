@@ -12,7 +12,7 @@ from configs.manifest import BaseEntry
 from configs.schema import RunConfig
 from expert_trainer.bundle import Bundle, ExpertDraft, open_bundle, publish
 from expert_trainer.errors import BaseModelError, StaleBundleError
-from expert_trainer.evaluation import evaluate, serving_routes
+from expert_trainer.evaluation import evaluate, serving_router, serving_routes
 from expert_trainer.fitting import ROUTER_DIR, fit
 from expert_trainer.training import base_entry
 from expert_trainer.types import Document
@@ -56,8 +56,7 @@ def test_documents_are_routed_as_serving_routes_them(
     chat = tuple({"role": role, "content": text} for role, text in turns)
     answered = (*chat, {"role": "assistant", "content": "flour oven butter sugar"})
     kept, plain, home = serving_routes(
-        config,
-        bundle,
+        serving_router(config, bundle),
         [
             Document(id="chat", messages=answered),
             Document(id="plain", text=follow_up),
