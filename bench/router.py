@@ -128,8 +128,9 @@ def fit(corpus: Corpus, report: Report, directory: Path) -> None:
     def texts(of: list[str], rows: npt.NDArray[np.float32]) -> Texts:
         return Texts(rows, lambda wanted: [of[place] for place in wanted])
 
+    train = texts(corpus.train, vectors)
     begin = time.perf_counter()
-    taught = plain.taught(texts(corpus.train, vectors), texts(corpus.valid, heldout))
+    taught = plain.quantized(train).taught(train, texts(corpus.valid, heldout))
     report.add(f"{corpus.key}_distilling_s", time.perf_counter() - begin, "s")
     taught.save(directory)
 
@@ -194,6 +195,7 @@ def measure_embedder(fitted: Fitted, report: Report) -> None:
     original = torch.encode([texts[place] for place in chosen]) @ router.centroids.T
     same = original.argmax(axis=1) == fitted.cosines[chosen].argmax(axis=1)
     report.conditions["embedder"] = type(router.embedder).__name__
+    report.conditions["embedder_bits"] = 8 if getattr(router.embedder, "quantized", False) else 32
     report.add("embedder_agreement", same.mean(), "", ">= 0.995")
     # In turns: what a query takes in torch says how fast this machine is today.
     times: dict[str, list[float]] = {"embedder": [], "torch": []}

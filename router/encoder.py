@@ -22,12 +22,15 @@ from router.guess import (
     guesses_of,
     lead_confidences,
 )
-from router.tokens import in_batches, padded, session_of, tokens_of
+from router.quantization import SAMPLES, quantized
+from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
 TOKENS = 64
 """Tokens of a text that it reads."""
 TOKENIZER = "tokenizer"
+BITS = 8
+"""That it computes with; what was trained without saying so, in 32."""
 
 
 class Encoder:
@@ -62,18 +65,25 @@ class Encoder:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._tokens)
         computed = {name: array for name, array in arrays.items() if name != TOKENIZER}
-        self._session = session_of(graph_of(computed, layers, heads))
+        graph = graph_of(computed, layers, heads)
+        self._quantized = settings.get("bits") == BITS
+        if self._quantized:
+            ids = tokens_of(self._tokenizer, SAMPLES, self._tokens)
+            graph = quantized(graph, [_inputs([each]) for each in ids])
+        self._session = session_of(graph.SerializeToString())
 
     def guess(self, text: str) -> Guess:
         """Guess one text, of any length and any script."""
         return self.guess_many((text,))[0]
 
     def guess_many(self, texts: Sequence[str]) -> list[Guess]:
-        """Guess texts, in the order given, each as `guess` does but for rounding."""
+        """Guess texts, in the order given, each as `guess` does."""
         if not texts:
             return []
         ids = tokens_of(self._tokenizer, texts, self._tokens)
-        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits))
+        # In 8 bits a text must not be rounded by its company.
+        alone = {"most": 1} if self._quantized else {}
+        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits, **alone))
         return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -84,15 +94,19 @@ class Encoder:
         """What the arrays have to agree with, to be saved as JSON."""
         return dict(self._settings)
 
-    def _logits(self, ids: Sequence[Sequence[int]]) -> Floats:
+    def _logits(self, ids: Ids) -> Floats:
         """Of texts, given as tokens: shape (B, K)."""
-        ids_BT, mask_BT = padded(ids)
-        mask_BT[:, 0] = 1  # of no tokens at all, the mean of one
-        places_T = np.arange(ids_BT.shape[1])
-        given = {"ids": ids_BT, "mask": mask_BT.astype(np.int32), "places": places_T}
         logits_BK: Floats
-        (logits_BK,) = self._session.run(None, given)
+        (logits_BK,) = self._session.run(None, _inputs(ids))
         return logits_BK
+
+
+def _inputs(ids: Ids) -> dict[str, npt.NDArray[Any]]:
+    """What the graph is given for texts."""
+    ids_BT, mask_BT = padded(ids)
+    mask_BT[:, 0] = 1  # of no tokens at all, the mean of one
+    places_T = np.arange(ids_BT.shape[1])
+    return {"ids": ids_BT, "mask": mask_BT.astype(np.int32), "places": places_T}
 
 
 def _tokenizer_of(content: npt.NDArray[Any]) -> Any:

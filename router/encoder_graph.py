@@ -7,10 +7,13 @@ and norms are the fused kinds of ONNX Runtime. Knows nothing of texts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -79,7 +82,7 @@ def whole(arrays: Arrays, layers: int, heads: int, clusters: int) -> bool:
     )
 
 
-def graph_of(arrays: Arrays, layers: int, heads: int) -> bytes:
+def graph_of(arrays: Arrays, layers: int, heads: int) -> ModelProto:
     """The graph of the logits of texts, shape (B, K).
 
     Its inputs are `ids` and `mask`, of shape (B, T), and `places`, which counts to T.
@@ -104,8 +107,10 @@ def graph_of(arrays: Arrays, layers: int, heads: int) -> bytes:
         return output
 
     def normed(found: str, onto: str, bias: str, scale: str, shift: str) -> str:
-        inputs = [found, onto, scale, shift, bias]
-        return add("SkipLayerNormalization", inputs, f"{scale}.done", fused=True, epsilon=EPSILON)
+        add("Add", [found, bias], f"{scale}.biased")
+        add("Add", [f"{scale}.biased", onto], f"{scale}.onto")
+        inputs = [f"{scale}.onto", scale, shift]
+        return add("LayerNormalization", inputs, f"{scale}.done", axis=-1, epsilon=EPSILON)
 
     add("Gather", [WORDS, "ids"], "found")
     add("Cast", ["found"], "meant", to=TensorProto.FLOAT)
@@ -142,6 +147,4 @@ def graph_of(arrays: Arrays, layers: int, heads: int) -> bytes:
         [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in kept.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(FUSED, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    content: bytes = model.SerializeToString()
-    return content
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)

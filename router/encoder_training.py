@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.embedder import Embedder, SentenceEmbedder
-from router.encoder import FORMAT, TOKENIZER, TOKENS
+from router.encoder import BITS, FORMAT, TOKENIZER, TOKENS
 from router.encoder_graph import ENTRY, EPSILON, HEAD, LAYER, WORDS, layer_array
 from router.guess import TEMPERATURE
 from router.student_training import Floats, Indices, best_targets, loss_of, torch_threads
@@ -115,6 +115,7 @@ def train_encoder(
         "clusters": clusters,
         "layers": len(bert.encoder.layer),
         "heads": bert.config.num_attention_heads,
+        "bits": BITS,
     }
     return arrays, settings
 

@@ -5,6 +5,7 @@ Knows nothing of HTTP, language models or what becomes of an expert that it name
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,26 @@ from router.cascade import Cascade, Guesser, StudentRecord
 from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
 from router.conversation import Message, opening_text, routing_text
 from router.distillation import Texts, distil
-from router.embedder import Embedder
+from router.embedder import Embedder, SentenceEmbedder
 from router.errors import RouterFormatError
 from router.guess import Guess
-from router.serving_embedder import require_digest, serving_embedder
+from router.serving_embedder import quantized_embedder, require_digest, serving_embedder
 from router.storage import (
     ENCODER_FILE,
     REMEDY,
     STUDENT_FILE,
+    Quantized,
     RouterRecord,
     read_router,
     read_student,
     write_router,
 )
 from router.types import Candidate, Decider, Route
+
+logger = logging.getLogger(__name__)
+
+MEASURED_TEXTS = 2000
+"""To measure the embedder in 8 bits on."""
 
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -144,7 +151,12 @@ class Router:
         if embedder is None:
             config = record.config.model_copy(update={"runtime": runtime})
             embedder = serving_embedder(
-                record.embedder, record.embedder_digest, config, device=device, threads=threads
+                record.embedder,
+                record.embedder_digest,
+                config,
+                device=device,
+                threads=threads,
+                quantized=record.may_be_quantized,
             )
         require_digest(embedder, record.embedder_digest)
         return cls(record, centroids, embedder, _read_cascade(directory, record))
@@ -154,6 +166,33 @@ class Router:
         steps = () if self._cascade is None else self._cascade.steps
         students = [step.student.arrays() for step in steps]
         write_router(directory, self._record, self._centroids, *students)
+
+    def quantized(self, texts: Texts) -> Router:
+        """This router with what computing its embedder in 8 bits does to routes measured, which
+        says whether it is served so.
+
+        Args:
+            texts: of the kind that is routed, with the embedder's vectors.
+        """
+        if not isinstance(self._embedder, SentenceEmbedder):
+            return self
+        embedder = quantized_embedder(self._embedder)
+        if embedder is None:
+            return self
+        rng = np.random.default_rng(self._record.seed)
+        count = min(MEASURED_TEXTS, len(texts.vectors))
+        rows = np.sort(rng.choice(len(texts.vectors), count, replace=False))
+        vectors = embedder.encode(texts.read(rows))
+        pairs = zip(
+            self.route_embeddings(texts.vectors[rows]), self.route_embeddings(vectors), strict=True
+        )
+        agreement = float(np.mean([full.expert == eight.expert for full, eight in pairs]))
+        logger.info(
+            "in 8 bits the embedder routes %.2f%% of %d texts alike", 100 * agreement, count
+        )
+        found = Quantized(texts=count, agreement=agreement)
+        record = self._record.model_copy(update={"quantized": found})
+        return Router(record, self._centroids, self._embedder, self._cascade)
 
     def taught(self, train: Texts, heldout: Texts) -> Router:
         """This router with a student of its embedder; without one where there are too few texts.

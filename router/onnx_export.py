@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 GRAPH_FILE = "embedder.onnx"
+QUANTIZED_FILE = "embedder.int8.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 OPSET = 17
 POOLINGS = ("mean", "cls")
@@ -106,7 +107,10 @@ def _fuse(graph: Path, config: Any) -> None:
     if getattr(config, "model_type", "") not in ("bert", "roberta", "xlm-roberta"):
         return
     from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
 
+    options = FusionOptions("bert")
+    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False  # see SLOWER
     fused = optimizer.optimize_model(
         str(graph),
         model_type="bert",
@@ -114,6 +118,7 @@ def _fuse(graph: Path, config: Any) -> None:
         hidden_size=config.hidden_size,
         opt_level=0,
         only_onnxruntime=False,
+        optimization_options=options,
     )
     fused.save_model_to_file(str(graph))
 

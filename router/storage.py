@@ -33,6 +33,19 @@ UNIT_TOLERANCE = 1e-3
 REMEDY = "run `introvert fit` again, or publish the bundle anew"
 
 
+class Quantized(BaseModel):
+    """What computing the embedder in 8 bits does to routes, measured at fit time."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    texts: int
+    """Measured on."""
+    agreement: float
+    """Share of them with the expert, or abstention, that 32 bits give."""
+
+
 class RouterRecord(BaseModel):
     """`router.json`: everything of a router but its centroids."""
 
@@ -54,6 +67,15 @@ class RouterRecord(BaseModel):
     """Of the student, where it has one."""
     encoder: StudentRecord | None = None
     """Of the second student, where it has one."""
+    quantized: Quantized | None = None
+    """Of the embedder in 8 bits, where that was measured."""
+
+    @property
+    def may_be_quantized(self) -> bool:
+        """Whether the embedder routes enough texts in 8 bits as in 32 to be served so."""
+        least = self.config.quantized_agreement
+        found = self.quantized
+        return least is not None and found is not None and found.agreement >= least
 
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 
 from configs.manifest import expert_id
 from configs.schema import RouterConfig
+from router import model as model_module
 from router.calibration import Calibration
 from router.conversation import Message
+from router.distillation import Texts
 from router.embedder import Embedder, SentenceEmbedder
 from router.errors import (
     CalibrationError,
@@ -28,7 +31,8 @@ from router.errors import (
     UnroutableError,
 )
 from router.model import Fitted, Router
-from router.storage import RouterRecord
+from router.onnx_embedder import OnnxEmbedder
+from router.storage import RouterRecord, read_router
 
 if TYPE_CHECKING:
     from tests.router.conftest import Mixture, WordEmbedder
@@ -350,3 +354,64 @@ def test_a_route_is_plain_data(router: Router) -> None:
     assert type(route.cluster) is int
     assert {type(number) for number in (route.score, route.margin, route.top[0].score)} == {float}
     assert json.loads(json.dumps(dataclasses.asdict(route)))["score"] == route.score
+
+
+def texts_of(mixture: Mixture, minilm: SentenceEmbedder) -> Texts:
+    rows = minilm.encode(mixture.texts)
+    return Texts(rows, lambda wanted: [mixture.texts[place] for place in wanted])
+
+
+def test_8_bits_are_measured_and_then_served(
+    router: Router, mixture: Mixture, minilm: SentenceEmbedder, tmp_path: Path
+) -> None:
+    router.save(tmp_path / "plain")
+    measured = router.quantized(texts_of(mixture, minilm))
+    measured.save(tmp_path / "measured")
+    record, _ = read_router(tmp_path / "measured")
+    assert record.quantized is not None
+    assert record.quantized.texts == len(mixture.texts)
+    assert record.quantized.agreement >= 0.995, "the topics lie far apart"
+    served = {
+        name: Router.load(tmp_path / name, device="cpu", threads=1, runtime="onnx").embedder
+        for name in ("plain", "measured")
+    }
+    assert isinstance(served["plain"], OnnxEmbedder)
+    assert isinstance(served["measured"], OnnxEmbedder)
+    assert not served["plain"].quantized, "nobody knows what 8 bits would do"
+    assert served["measured"].quantized
+    assert measured.route(mixture.heldout) == router.route(mixture.heldout), "of the same embedder"
+
+
+def test_8_bits_that_change_routes_are_not_served(
+    mixture: Mixture, minilm: SentenceEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+            rows: npt.NDArray[np.float32] = minilm.encode(texts)
+            rows[0] = -rows[0]
+            return rows
+
+    monkeypatch.setattr(model_module, "quantized_embedder", lambda _: Elsewhere())
+    router = fit(mixture, minilm, quantized_agreement=0.999).router
+    record = router.quantized(texts_of(mixture, minilm))._record
+    assert record.quantized is not None
+    assert record.quantized.agreement == pytest.approx(1 - 1 / len(mixture.texts))
+    assert not record.may_be_quantized
+    lenient = record.config.model_copy(update={"quantized_agreement": 0.5})
+    assert record.model_copy(update={"config": lenient}).may_be_quantized
+    never = record.config.model_copy(update={"quantized_agreement": None})
+    assert not record.model_copy(update={"config": never}).may_be_quantized
+
+
+def test_where_8_bits_cannot_be_had_nothing_is_said_of_them(
+    router: Router, mixture: Mixture, minilm: SentenceEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "quantized_embedder", lambda _: None)
+    assert router.quantized(texts_of(mixture, minilm))._record.quantized is None
+
+
+def test_an_embedder_of_another_kind_has_no_8_bits(mixture: Mixture, words: WordEmbedder) -> None:
+    router = fit(mixture, words).router
+    rows = words.encode(mixture.texts)
+    texts = Texts(rows, lambda wanted: [mixture.texts[place] for place in wanted])
+    assert router.quantized(texts) is router

@@ -16,8 +16,8 @@ from router import serving_embedder as module
 from router.embedder import SentenceEmbedder
 from router.errors import EmbedderMismatchError, ExportError
 from router.onnx_embedder import OnnxEmbedder
-from router.onnx_export import GRAPH_FILE
-from router.serving_embedder import serving_embedder
+from router.onnx_export import GRAPH_FILE, QUANTIZED_FILE
+from router.serving_embedder import quantized_embedder, serving_embedder
 
 NAME = "all-MiniLM-L6-v2"
 TEXTS = [
@@ -40,9 +40,11 @@ def _exports_here(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "exports_directory", lambda: exports)
 
 
-def load(minilm: SentenceEmbedder, **settings: object) -> object:
+def load(minilm: SentenceEmbedder, *, quantized: bool = False, **settings: object) -> object:
     config = RouterConfig.model_validate(settings)
-    return serving_embedder(NAME, minilm.digest, config, device="cpu", threads=1)
+    return serving_embedder(
+        NAME, minilm.digest, config, device="cpu", threads=1, quantized=quantized
+    )
 
 
 def test_the_vectors_are_those_of_torch(minilm: SentenceEmbedder) -> None:
@@ -108,10 +110,38 @@ def test_a_damaged_export_is_made_anew(
     load(minilm)
     (directory,) = (path for path in exports.iterdir() if path.is_dir() and path.name[0] != ".")
     meta = json.loads((directory / module.META_FILE).read_text())
-    assert set(meta["sha256"]) == {GRAPH_FILE, module.TOKENIZER_FILE}
+    assert set(meta["sha256"]) == {GRAPH_FILE, QUANTIZED_FILE, module.TOKENIZER_FILE}
     with (directory / GRAPH_FILE).open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
     assert isinstance(load(minilm), SentenceEmbedder)
     assert "damaged" in caplog.text
     assert isinstance(load(minilm), OnnxEmbedder)
+
+
+def test_in_8_bits_the_vectors_are_close_and_a_text_s_own(minilm: SentenceEmbedder) -> None:
+    embedder = load(minilm, quantized=True)
+    assert isinstance(embedder, OnnxEmbedder)
+    assert embedder.quantized
+    assert not getattr(load(minilm), "quantized", True)
+    found, right = embedder.encode(TEXTS), minilm.encode(TEXTS)
+    cosines = (found * right).sum(axis=1)
+    assert 0.99 < cosines.min() < 0.99999, "in 8 bits, so not the same"
+    for text, vector in zip(TEXTS, found, strict=True):
+        assert np.array_equal(embedder.encode([text])[0], vector), "whatever it is computed with"
+
+
+def test_a_model_that_8_bits_do_not_suit_stays_in_32(
+    minilm: SentenceEmbedder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "exports_directory", lambda: tmp_path)
+    monkeypatch.setattr(module, "LEAST_QUANTIZED_COSINE", 1.0)
+    assert quantized_embedder(minilm) is None
+    assert "stays in 32 bits: its vectors differ" in caplog.text
+    embedder = load(minilm, quantized=True)
+    assert isinstance(embedder, OnnxEmbedder)
+    assert not embedder.quantized
+    assert not list(tmp_path.rglob(QUANTIZED_FILE))
