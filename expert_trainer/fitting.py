@@ -253,7 +253,9 @@ def _taught(
     trained = len(fitted.assignment)
     router, train = fitted.router, texts(slice(trained))
     if config.router.quantized_agreement is not None:
+        on_progress("quantizing", 0, 1)
         router = router.quantized(train)
+        on_progress("quantizing", 1, 1)
     if config.router.student:
         on_progress("distilling", 0, 1)
         router = router.taught(train, texts(slice(trained, None)))

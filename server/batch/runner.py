@@ -26,7 +26,8 @@ from configs.schema import RunConfig
 from server.batch.endpoint import EndpointBackend
 from server.batch.errors import BatchError
 from server.batch.job import run_job, write_finished
-from server.batch.store import DIRECTORY, BatchRecord, Problem, Store
+from server.batch.records import BatchRecord, Problem
+from server.batch.store import DIRECTORY, Store
 from server.batch.types import Counts, JobSpec
 from server.gateway.tenants import ON_BEHALF
 from server.table import ENGINE_KEY_FILE, TABLE_FILE, read_table

@@ -21,152 +21,29 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
+
+from server.batch.database import open_database
+from server.batch.records import (
+    OPEN,
+    BatchRecord,
+    FileRecord,
+    Page,
+    Problem,
+    Record,
+    Status,
+)
 
 DIRECTORY = "batches"
 """Under a run's scratch directory."""
 DATABASE = "batches.db"
-BUSY_S = 30.0
-"""Longest wait for another process' write."""
 WINDOW_S = 24 * 3600
 """From a batch's creation to its expiry."""
 STALE_S = 24 * 3600.0
 """Age of an unfinished upload that nobody will finish."""
-VERSION = 2
-"""The second knows files that expire."""
-
-Purpose = Literal["batch", "batch_output"]
-Status = Literal[
-    "validating",
-    "in_progress",
-    "finalizing",
-    "completed",
-    "failed",
-    "cancelling",
-    "cancelled",
-    "expired",
-]
-OPEN: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
-"""Those of which more is to come."""
 Removal = Literal["removed", "unknown", "in use"]
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    tenant TEXT NOT NULL,
-    filename TEXT NOT NULL,
-    purpose TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    created_at INTEGER NOT NULL,
-    expires_at INTEGER
-);
-CREATE INDEX IF NOT EXISTS files_of_tenant ON files (tenant, number);
-CREATE TABLE IF NOT EXISTS batches (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    tenant TEXT NOT NULL,
-    endpoint TEXT NOT NULL,
-    input_file_id TEXT NOT NULL,
-    status TEXT NOT NULL,
-    created_at INTEGER NOT NULL,
-    expires_at INTEGER NOT NULL,
-    in_progress_at INTEGER,
-    finalizing_at INTEGER,
-    completed_at INTEGER,
-    failed_at INTEGER,
-    cancelling_at INTEGER,
-    cancelled_at INTEGER,
-    expired_at INTEGER,
-    output_file_id TEXT,
-    error_file_id TEXT,
-    problem TEXT,
-    total INTEGER NOT NULL DEFAULT 0,
-    done INTEGER NOT NULL DEFAULT 0,
-    failed INTEGER NOT NULL DEFAULT 0,
-    metadata TEXT
-);
-CREATE INDEX IF NOT EXISTS batches_of_tenant ON batches (tenant, number);
-CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status, number);
-"""
-
-SECOND = f"""
-BEGIN;
-ALTER TABLE files ADD COLUMN expires_at INTEGER;
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
-"""From the first version to the second."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file that somebody has sent, or that a batch has made."""
-
-    id: str
-    tenant: str
-    filename: str
-    purpose: Purpose
-    bytes: int
-    created_at: int
-    """Seconds since the epoch, like all moments here."""
-    expires_at: int | None = None
-    """When it goes; none: when it is removed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a batch failed."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
-    """A batch and where it stands."""
-
-    id: str
-    tenant: str
-    endpoint: str
-    input_file_id: str
-    status: Status
-    created_at: int
-    expires_at: int
-    in_progress_at: int | None
-    finalizing_at: int | None
-    completed_at: int | None
-    failed_at: int | None
-    cancelling_at: int | None
-    cancelled_at: int | None
-    expired_at: int | None
-    output_file_id: str | None
-    error_file_id: str | None
-    problem: Problem | None
-    total: int
-    """Lines read so far."""
-    done: int
-    """Answered."""
-    failed: int
-    """Error lines."""
-    metadata: Mapping[str, str] | None
-
-
-Record = TypeVar("Record", FileRecord, BatchRecord)
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[Record]):
-    """A part of a list."""
-
-    records: Sequence[Record]
-    more: bool
-    """Whether there are others after these."""
-
 
 _FILE = ", ".join(field.name for field in fields(FileRecord))
 _ALIVE = "(expires_at IS NULL OR expires_at > ?)"
@@ -521,25 +398,8 @@ class Store:
             # one at a time: the change to WAL waits for nobody, whatever the timeout
             with (self._directory / ".opening.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self._database = _open(self._directory / DATABASE)
+                self._database = open_database(self._directory / DATABASE)
         return self._database
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
-        database.row_factory = sqlite3.Row
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
-            raise sqlite3.DatabaseError(f"{path} was made by a newer version of this program")
-        database.executescript(SCHEMA if version != 1 else SECOND)
-        database.execute(f"PRAGMA user_version = {VERSION}")
-    except BaseException:
-        database.close()
-        raise
-    return database
 
 
 def _insert_file(database: sqlite3.Connection, record: FileRecord) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field
 
-from server.batch.store import BatchRecord, FileRecord, Page, Purpose, Status
+from server.batch.records import BatchRecord, FileRecord, Page, Purpose, Status
 from server.gateway.answers import Answer
 
 FILES_LIMIT = 10_000

@@ -17,8 +17,9 @@ from server.batch import runner as module
 from server.batch.errors import BatchError, BatchInputError, BatchOutputError
 from server.batch.job import write_finished
 from server.batch.ledger import Entry, Ledger, Result
+from server.batch.records import BatchRecord
 from server.batch.runner import Runner
-from server.batch.store import BatchRecord, Store
+from server.batch.store import Store
 from server.batch.types import Counts, JobSpec
 
 Listener = Callable[[Counts], None]

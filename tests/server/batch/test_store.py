@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from server.batch import store as module
-from server.batch.store import BatchRecord, FileRecord, Problem, Store
+from server.batch.records import BatchRecord, FileRecord, Problem
+from server.batch.store import Store
 
 
 @pytest.fixture
