@@ -22,9 +22,10 @@ from router.clustering import CentroidIndex, fit_clusters, limit_threads, neares
 from router.conversation import Message, opening_text, routing_text
 from router.distillation import Texts, distil
 from router.embedder import Embedder, SentenceEmbedder
-from router.errors import RouterFormatError
+from router.errors import ExportError, RouterFormatError
 from router.guess import Guess
-from router.serving_embedder import quantized_embedder, require_digest, serving_embedder
+from router.onnx_embedder import OnnxEmbedder
+from router.serving_embedder import require_digest, serving_embedder
 from router.storage import (
     ENCODER_FILE,
     REMEDY,
@@ -174,25 +175,31 @@ class Router:
         Args:
             texts: of the kind that is routed, with the embedder's vectors.
         """
-        if not isinstance(self._embedder, SentenceEmbedder):
+        record, full = self._record, self._embedder
+        if not isinstance(full, SentenceEmbedder):
             return self
-        embedder = quantized_embedder(self._embedder)
-        if embedder is None:
+        try:
+            embedder = serving_embedder(
+                full.name, full.digest, record.config, device="cpu", threads=None, quantized=True
+            )
+        except ExportError:  # `runtime` insists on it: who serves is told
             return self
-        rng = np.random.default_rng(self._record.seed)
+        if not isinstance(embedder, OnnxEmbedder) or not embedder.quantized:
+            return self
+        rng = np.random.default_rng(record.seed)
         count = min(MEASURED_TEXTS, len(texts.vectors))
         rows = np.sort(rng.choice(len(texts.vectors), count, replace=False))
         vectors = embedder.encode(texts.read(rows))
         pairs = zip(
             self.route_embeddings(texts.vectors[rows]), self.route_embeddings(vectors), strict=True
         )
-        agreement = float(np.mean([full.expert == eight.expert for full, eight in pairs]))
+        agreement = float(np.mean([one.expert == other.expert for one, other in pairs]))
         logger.info(
             "in 8 bits the embedder routes %.2f%% of %d texts alike", 100 * agreement, count
         )
         found = Quantized(texts=count, agreement=agreement)
-        record = self._record.model_copy(update={"quantized": found})
-        return Router(record, self._centroids, self._embedder, self._cascade)
+        record = record.model_copy(update={"quantized": found})
+        return Router(record, self._centroids, full, self._cascade)
 
     def taught(self, train: Texts, heldout: Texts) -> Router:
         """This router with a student of its embedder; without one where there are too few texts.

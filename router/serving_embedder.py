@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -81,8 +81,12 @@ def serving_embedder(
     """
     if config.runtime == "torch" or (config.runtime == "auto" and device == "cuda"):
         return _original(name, digest, config, device, threads)
+    directory = exports_directory() / f"{digest[:32]}-{FORMAT}-{version('onnxruntime')}"
     try:
-        directory = _made(digest, lambda: _original(name, digest, config, "cpu", threads))
+        if not directory.is_dir():
+            with _alone(directory):
+                if not directory.is_dir():
+                    _export(_original(name, digest, config, "cpu", threads), directory)
         return _exported(directory, name, digest, quantized=quantized)
     except ExportError as error:
         if config.runtime == "onnx":
@@ -92,18 +96,6 @@ def serving_embedder(
             ) from error
         logger.warning("embedding model '%s' runs on torch, not on ONNX Runtime: %s", name, error)
     return _original(name, digest, config, device, threads)
-
-
-def quantized_embedder(embedder: SentenceEmbedder) -> OnnxEmbedder | None:
-    """What a gateway computes in place of this embedder in 8 bits; None, with a word, where that
-    cannot be."""
-    try:
-        directory = _made(embedder.digest, lambda: embedder)
-        found = _exported(directory, embedder.name, embedder.digest, quantized=True)
-    except ExportError as error:
-        logger.warning("embedding model '%s' cannot be exported: %s", embedder.name, error)
-        return None
-    return found if found.quantized else None
 
 
 def require_digest(embedder: Embedder, digest: str) -> None:
@@ -132,16 +124,6 @@ def _original(
     )
     require_digest(embedder, digest)
     return embedder
-
-
-def _made(digest: str, original: Callable[[], SentenceEmbedder]) -> Path:
-    """Where the export of an embedder is; it is made if it is not there."""
-    directory = exports_directory() / f"{digest[:32]}-{FORMAT}-{version('onnxruntime')}"
-    if not directory.is_dir():
-        with _alone(directory):
-            if not directory.is_dir():
-                _export(original(), directory)
-    return directory
 
 
 def _export(embedder: SentenceEmbedder, directory: Path) -> None:

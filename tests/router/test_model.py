@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from configs.manifest import expert_id
 from configs.schema import RouterConfig
-from router import model as model_module
 from router.calibration import Calibration
 from router.conversation import Message
 from router.distillation import Texts
@@ -385,13 +384,14 @@ def test_8_bits_are_measured_and_then_served(
 def test_8_bits_that_change_routes_are_not_served(
     mixture: Mixture, minilm: SentenceEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Elsewhere:
-        def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-            rows: npt.NDArray[np.float32] = minilm.encode(texts)
-            rows[0] = -rows[0]
-            return rows
+    encode = OnnxEmbedder.encode
 
-    monkeypatch.setattr(model_module, "quantized_embedder", lambda _: Elsewhere())
+    def elsewhere(self: OnnxEmbedder, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        rows = encode(self, texts)
+        rows[0] = -rows[0]
+        return rows
+
+    monkeypatch.setattr(OnnxEmbedder, "encode", elsewhere)
     router = fit(mixture, minilm, quantized_agreement=0.999).router
     record = router.quantized(texts_of(mixture, minilm))._record
     assert record.quantized is not None
@@ -404,9 +404,9 @@ def test_8_bits_that_change_routes_are_not_served(
 
 
 def test_where_8_bits_cannot_be_had_nothing_is_said_of_them(
-    router: Router, mixture: Mixture, minilm: SentenceEmbedder, monkeypatch: pytest.MonkeyPatch
+    mixture: Mixture, minilm: SentenceEmbedder
 ) -> None:
-    monkeypatch.setattr(model_module, "quantized_embedder", lambda _: None)
+    router = fit(mixture, minilm, runtime="torch").router
     assert router.quantized(texts_of(mixture, minilm))._record.quantized is None
 
 
