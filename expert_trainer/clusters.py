@@ -21,7 +21,7 @@ from expert_trainer.shards import Shard, Sorter
 from expert_trainer.spool import Numbers, Spool
 from expert_trainer.storage import Storage
 from expert_trainer.terms import WordCounts, top_terms
-from expert_trainer.types import OnProgress
+from router.types import OnProgress
 
 FIT_FILE = "fit.json"
 ROUTER_DIR, SHARDS_DIR = "router", "shards"

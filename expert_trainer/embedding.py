@@ -30,8 +30,8 @@ from expert_trainer.corpus import from_row, routed_text
 from expert_trainer.errors import PoolError
 from expert_trainer.rendering import Renderer, RenderError
 from expert_trainer.spool import Numbers, Spool
-from expert_trainer.types import OnProgress
 from router.embedder import Embedder, load_embedder, resolve_device
+from router.types import OnProgress
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]

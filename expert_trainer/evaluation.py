@@ -42,9 +42,9 @@ from expert_trainer.runtime import ray_session
 from expert_trainer.shards import write_shard
 from expert_trainer.storage import Storage
 from expert_trainer.training import expert_jobs
-from expert_trainer.types import Document, ExpertFailed, OnEvent, ignore
+from expert_trainer.types import Document, ExpertFailed, OnEvent
 from router.model import Router
-from router.types import Route
+from router.types import Route, ignore
 
 EVALUATION_DIR = "evaluation"
 CHECKPOINTS_DIR = "checkpoints"

@@ -47,8 +47,9 @@ from expert_trainer.rendering import Renderer, RenderError
 from expert_trainer.sources import content_key, files_of
 from expert_trainer.spool import Numbers, Spool, scratch_directory
 from expert_trainer.storage import Storage
-from expert_trainer.types import Document, OnProgress, ignore
+from expert_trainer.types import Document
 from router.storage import RECORD_FILE
+from router.types import OnProgress, ignore
 
 if TYPE_CHECKING:
     from router.model import Fitted, Router
@@ -257,9 +258,7 @@ def _taught(
         router = router.quantized(train)
         on_progress("quantizing", 1, 1)
     if config.router.student:
-        on_progress("distilling", 0, 1)
-        router = router.taught(train, texts(slice(trained, None)))
-        on_progress("distilling", 1, 1)
+        router = router.taught(train, texts(slice(trained, None)), on_progress)
     return router
 
 

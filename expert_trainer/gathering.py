@@ -25,7 +25,8 @@ from expert_trainer.corpus import (
 from expert_trainer.duplicates import Booleans, first_copies, near_copies
 from expert_trainer.errors import CorpusError
 from expert_trainer.spool import Numbers, Spool, SpoolWriter
-from expert_trainer.types import Document, OnProgress
+from expert_trainer.types import Document
+from router.types import OnProgress
 
 PROGRESS_EVERY = 256
 

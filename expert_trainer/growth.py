@@ -33,7 +33,8 @@ from expert_trainer.gathering import without_copies
 from expert_trainer.shards import Shard, row_bytes
 from expert_trainer.spool import Numbers, Spool, SpoolWriter, scratch_directory
 from expert_trainer.storage import Storage
-from expert_trainer.types import Document, OnProgress, ignore
+from expert_trainer.types import Document
+from router.types import OnProgress, ignore
 
 _TOKENS = "tokens"
 _NAME_DIGITS = 12

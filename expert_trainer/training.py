@@ -39,12 +39,11 @@ from expert_trainer.types import (
     ExpertReused,
     JobFinished,
     OnEvent,
-    OnProgress,
     PoolEnded,
     TrainEvent,
-    ignore,
 )
 from expert_trainer.warm_start import SHARED, adapter_in_place, adapter_of, shared_job, start_from
+from router.types import OnProgress, ignore
 
 EXPERTS_DIR, CHECKPOINTS_DIR = "experts", "checkpoints"
 

@@ -175,9 +175,3 @@ TrainEvent = (
     | PoolEnded
 )
 OnEvent = Callable[[TrainEvent], None]
-OnProgress = Callable[[str, int, int], None]
-"""Called with a stage's name, the units done and their total."""
-
-
-def ignore(*_: object) -> None:
-    """Take no notice: the default listener."""

@@ -23,6 +23,7 @@ from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
 from router.guess import Guess, blended
 from router.student_queries import made_up_queries
+from router.types import OnProgress, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ TRIED_DEVIATIONS = 1.5
 """Certainty of limits that are the best of several."""
 ENCODER_WORK = 0.3
 """Of an encoder for a text, as a share of the embedder's."""
+EMBEDDED_AT_ONCE = 1024
+"""Short texts between two words on how far it is."""
 CUT_FROM_WORDS = 30
 """A document of fewer words is as short as a question already."""
 SPAN_WORDS = (5, 15)
@@ -90,6 +93,7 @@ def distil(
     embedder: Embedder,
     config: RouterConfig,
     seed: int,
+    on_progress: OnProgress = ignore,
 ) -> Cascade | None:
     """A student of the embedder; none where there are too few texts to teach it.
 
@@ -103,6 +107,7 @@ def distil(
         embedder: the teacher.
         config: agreement asked for and tokens that are read.
         seed: of every sample.
+        on_progress: told each stage's name, done and total.
     """
     from router.encoder import Encoder
     from router.student import Student
@@ -118,21 +123,32 @@ def distil(
 
     def cut(documents: list[str], most: int) -> _Sample:
         pieces = cut_pieces(documents, most, random)
-        return _Sample(pieces, embedder.encode(pieces) @ centroids.T)
+        return _Sample(pieces, embedded(pieces, "embedding parts of documents"))
+
+    def embedded(queries: list[str], stage: str) -> Vectors:
+        found = [np.zeros((0, len(centroids)), dtype=np.float32)]
+        for start in range(0, len(queries), EMBEDDED_AT_ONCE):
+            on_progress(stage, start, len(queries))
+            some = queries[start : start + EMBEDDED_AT_ONCE]
+            found.append(embedder.encode(some) @ centroids.T)
+        on_progress(stage, len(queries), len(queries))
+        return np.concatenate(found)
 
     lessons = sample(train, learnt)
     encoding = bool(config.encoder_layers) and can_be_cut(embedder)
     most = min(MOST_FOR_ENCODER, MOST_OF_EACH * len(learnt)) if encoding else MOST_MADE_UP
     made_up = made_up_queries(lessons.texts, most, seed=seed)
     lessons += cut(lessons.texts, MOST_PIECES)
-    lessons += _Sample(made_up, embedder.encode(made_up) @ centroids.T)
+    lessons += _Sample(made_up, embedded(made_up, "embedding made-up queries"))
     documents = sample(heldout, tested) + sample(train, aside)
     pieces = cut(documents.texts, MEASURED_PIECES)
+    on_progress("teaching the student", 0, 1)
     fresh = Student.fit(
         [seen_by_student(text, config.max_tokens) for text in lessons.texts],
         lessons.cosines,
         seed=seed,
     )
+    on_progress("teaching the student", 1, 1)
     # The one that will be loaded, whose numbers have been rounded, is the one to measure.
     student = Student.restore(fresh.arrays(), fresh.settings())
     exam = documents + pieces
@@ -157,6 +173,7 @@ def distil(
         layers=config.encoder_layers,
         seed=seed,
         threads=1,
+        on_progress=on_progress,
     )
     encoder = Encoder(*parts)
     second = [

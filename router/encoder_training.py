@@ -20,6 +20,7 @@ from router.encoder_graph import ENTRY, EPSILON, HEAD, LAYER, WORDS, layer_array
 from router.guess import TEMPERATURE
 from router.student_training import Floats, Indices, best_targets, loss_of, torch_threads
 from router.tokens import padded, tokens_of
+from router.types import OnProgress, ignore
 
 EPOCHS = 3
 MOST_TOKENS = 2_000_000
@@ -59,6 +60,7 @@ def train_encoder(
     layers: int,
     seed: int,
     threads: int,
+    on_progress: OnProgress = ignore,
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Teach the embedder's first layers; on the embedder's device.
 
@@ -72,6 +74,7 @@ def train_encoder(
         layers: that are kept; all, where the embedder has fewer.
         seed: of the order of texts and of the head.
         threads: of torch.
+        on_progress: told the batches learned and their number.
 
     Returns:
         Arrays and settings, as `Encoder` takes them.
@@ -97,7 +100,10 @@ def train_encoder(
     with torch_threads(threads), torch.random.fork_rng():
         torch.manual_seed(seed)
         bert.train()
-        for rate, places in _schedule([len(tokens) for tokens in ids], rng):
+        lengths = [len(tokens) for tokens in ids]
+        steps = _steps(lengths)
+        for step, (rate, places) in enumerate(_schedule(lengths, steps, rng)):
+            on_progress("teaching the encoder", step, steps)
             for group, full in zip(optimizer.param_groups, (LAYER_RATE, HEAD_RATE), strict=True):
                 group["lr"] = full * rate
             pooled_BD = _pooled(bert, [ids[place] for place in places], device)
@@ -105,6 +111,7 @@ def train_encoder(
             optimizer.zero_grad()
             loss_of(logits_BK, targets, places).backward()
             optimizer.step()
+    on_progress("teaching the encoder", steps, steps)
     arrays = _arrays(bert) | {
         name: part.detach().cpu().numpy() for name, part in zip(HEAD, head, strict=True)
     }
@@ -144,11 +151,17 @@ def _tokenizer(embedder: SentenceEmbedder) -> Any:
     return tokenizer
 
 
-def _schedule(lengths: Sequence[int], rng: np.random.Generator) -> Iterator[tuple[float, Indices]]:
+def _steps(lengths: Sequence[int]) -> int:
+    """Batches to learn, from the texts' tokens."""
+    mean = max(1.0, float(np.mean(lengths)))
+    return max(1, min(EPOCHS * len(lengths), int(MOST_TOKENS / mean)) // BATCH)
+
+
+def _schedule(
+    lengths: Sequence[int], steps: int, rng: np.random.Generator
+) -> Iterator[tuple[float, Indices]]:
     # Up in a straight line, then down to nothing; every text once before any comes again.
     sizes = np.array(lengths)
-    seen = min(EPOCHS * len(sizes), int(MOST_TOKENS / max(1.0, sizes.mean())))
-    steps = max(1, seen // BATCH)
     waiting: list[Indices] = []
     for step in range(steps):
         if not waiting:

@@ -36,7 +36,7 @@ from router.storage import (
     read_student,
     write_router,
 )
-from router.types import Candidate, Decider, Route
+from router.types import Candidate, Decider, OnProgress, Route, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Router:
         record = record.model_copy(update={"quantized": found})
         return Router(record, self._centroids, full, self._cascade)
 
-    def taught(self, train: Texts, heldout: Texts) -> Router:
+    def taught(self, train: Texts, heldout: Texts, on_progress: OnProgress = ignore) -> Router:
         """This router with a student of its embedder; without one where there are too few texts.
 
         Deterministic for the seed of the fit.
@@ -209,6 +209,7 @@ class Router:
         Args:
             train: the texts it was fitted on, with their vectors.
             heldout: the texts it was calibrated on.
+            on_progress: told each stage's name, done and total.
         """
         cascade = distil(
             train,
@@ -218,6 +219,7 @@ class Router:
             embedder=self._embedder,
             config=self._record.config,
             seed=self._record.seed,
+            on_progress=on_progress,
         )
         if cascade is None:
             return self

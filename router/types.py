@@ -5,8 +5,17 @@ Knows nothing of embedders or centroids, so that everything may import it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a stage's name, the units done and their total."""
+
+
+def ignore(*_: object) -> None:
+    """Take no notice: the default listener."""
+
 
 Decider = Literal["student", "embedder"]
 """What a route comes from: the distilled student, where it was sure, or the full embedder."""

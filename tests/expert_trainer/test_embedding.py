@@ -17,7 +17,8 @@ from expert_trainer.embedding import (
 from expert_trainer.errors import PoolError
 from expert_trainer.runtime import ray_session
 from expert_trainer.spool import Spool, SpoolWriter
-from expert_trainer.types import Document, ignore
+from expert_trainer.types import Document
+from router.types import ignore
 from tests.expert_trainer.conftest import TOPICS, sentences
 
 UNANSWERED = ({"role": "user", "content": "Hello"},)

@@ -9,7 +9,7 @@ from configs.schema import DataConfig
 from expert_trainer.errors import CorpusError
 from expert_trainer.gathering import Gathered, gather
 from expert_trainer.spool import Numbers
-from expert_trainer.types import ignore
+from router.types import ignore
 from tests.expert_trainer.conftest import sentences
 
 Gather = Callable[..., Gathered]

@@ -139,10 +139,20 @@ def test_a_router_is_taught_both_and_keeps_them_on_disk(
     )
     train, held = minilm.encode(mixture.texts), minilm.encode(mixture.heldout)
     plain = Router.fit(train, held, config, seed=0, embedder=minilm).router
+    told: list[tuple[str, int, int]] = []
     router = plain.taught(
         Texts(train, lambda rows: [mixture.texts[row] for row in rows]),
         Texts(held, lambda rows: [mixture.heldout[row] for row in rows]),
+        lambda *progress: told.append(progress),
     )
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages[-2:] == ["teaching the student", "teaching the encoder"]
+    steps = [(done, total) for stage, done, total in told if stage == stages[-1]]
+    assert [done for done, _ in steps] == list(range(len(steps)))
+    assert {total for _, total in steps} == {len(steps) - 1}
+    for stage in stages:
+        done, total = [told_of[1:] for told_of in told if told_of[0] == stage][-1]
+        assert done == total
     assert router.student is not None
     assert router.encoder is not None
     assert router.encoder.documents.answered >= router.student.documents.answered
