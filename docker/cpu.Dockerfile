@@ -16,6 +16,9 @@ COPY expert_trainer expert_trainer
 COPY server server
 COPY deploy deploy
 RUN make install EXTRA=cpu PYTHON=python3.11
+# That leaves bytecode to the first import, which here is by a user who cannot write it; some packages
+# hold files that no Python can compile.
+RUN .venv/bin/python -m compileall -q -j 0 .venv/lib configs router expert_trainer server deploy || true
 
 COPY docker/entrypoint.sh /usr/local/bin/introvert-node
 ENV PATH=/opt/introvert/.venv/bin:$PATH RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1

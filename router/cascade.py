@@ -20,6 +20,8 @@ SHORT_CHARACTERS = 120
 """Up to here a text is short, as questions are: there is less in it to be sure by."""
 CHARACTERS_PER_TOKEN = 5
 """About as much of a long text as the embedder reads, without cutting it into tokens first."""
+REMEMBERED = 1024
+"""Texts whose guesses are kept for those who are asked next."""
 
 
 class Guesser(Protocol):
@@ -102,14 +104,21 @@ class Cascade:
         self.record = record
         self.second = second
         self._characters = max_tokens * CHARACTERS_PER_TOKEN
+        self._unsure: dict[str, Guess] = {}
 
     def sure_guess(self, text: str) -> Guess | None:
         """The first student's guess, if it can be taken for the answer."""
         limits = self._limits(text)
         if limits.confidence is None:
             return None
-        guess = self.student.guess(text[: self._characters])
-        return guess if limits.allows(guess.confidence, guess.score) else None
+        seen = text[: self._characters]
+        guess = self.student.guess(seen)
+        if limits.allows(guess.confidence, guess.score):
+            return guess
+        if len(self._unsure) >= REMEMBERED:
+            self._unsure.clear()
+        self._unsure[seen] = guess  # as a rule `guesses` is asked next, by another thread
+        return None
 
     def sure_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
         """A guess for each text, at once: the first that is sure; none where nobody is."""
@@ -120,7 +129,7 @@ class Cascade:
 
         Where it does not, the first student alone is asked, which is the fastest.
         """
-        guesses = self.student.guess_many([text[: self._characters] for text in texts])
+        guesses = self._first_guesses(texts)
         if not sure_only:
             return list(guesses)
         found = self._believed(texts, guesses)
@@ -130,6 +139,15 @@ class Cascade:
             for place, guess in zip(left, more, strict=True):
                 found[place] = guess
         return found
+
+    def _first_guesses(self, texts: Sequence[str]) -> list[Guess]:
+        """The first student's, whatever they are worth; what `sure_guess` has just guessed is not
+        guessed again."""
+        seen = [text[: self._characters] for text in texts]
+        known = [self._unsure.pop(text, None) for text in seen]
+        new = [text for text, guess in zip(seen, known, strict=True) if guess is None]
+        rest = iter(self.student.guess_many(new))
+        return [next(rest) if guess is None else guess for guess in known]
 
     def _after(self, texts: Sequence[str], firsts: Sequence[Guess]) -> list[Guess | None]:
         """Guesses of a second student, who knows what the first has guessed."""

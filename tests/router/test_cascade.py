@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from configs.schema import RouterConfig
+from router import cascade as cascade_module
 from router.calibration import Calibration, Sureness
 from router.cascade import SHORT_CHARACTERS, Cascade, Measured, StudentRecord
 from router.conversation import Message
@@ -124,6 +125,23 @@ def test_a_second_student_is_asked_what_the_first_is_not_sure_of() -> None:
     assert embedder.calls == [texts[2:]]
     assert both.quick_route(turns(texts[1])) is None, "it is not quick enough for that"
     assert len(second.asked) == 2
+
+
+def test_what_was_just_guessed_is_not_guessed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cascade_module, "REMEMBERED", 3)
+    parrot = Parrot()
+    cascade = Cascade(parrot, make_record(), 8)
+    texts = ["0.1 0.8 0.2", "0.95 0.8 0.2", "0.2 0.3 0.7"]
+    assert [cascade.sure_guess(text) is None for text in texts] == [True, False, True]
+    assert parrot.asked == texts
+    guesses = cascade.guesses(texts, sure_only=False)
+    assert parrot.asked == [*texts, texts[1]], "who was sure needed nobody else"
+    assert [guess and guess.cluster for guess in guesses] == [0, 0, 1]
+    cascade.guesses(texts[:1], sure_only=False)
+    assert parrot.asked[4:] == texts[:1], "remembered for once"
+    for number in range(20):
+        cascade.sure_guess(f"0.1 0.8 0.{number}")
+    assert len(cascade._unsure) <= 3
 
 
 def test_two_guesses_are_one_estimate() -> None:
