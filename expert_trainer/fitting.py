@@ -113,7 +113,7 @@ def fit(config: RunConfig, on_progress: OnProgress = ignore) -> FitSummary:
             use_gpu=clusters_on_gpu(config.router),
         )
         on_progress("clustering", 1, 1)
-        router = _taught(
+        router = _made_fast(
             fitted, gathered.spool, order, embedded, config=config, on_progress=on_progress
         )
         train = Share(order[:trained], embedded.tokens[:trained], fitted.assignment)
@@ -226,7 +226,7 @@ def _rendering(gathered: Gathered, config: RunConfig) -> Numbers:
     return gathered.test[good]
 
 
-def _taught(
+def _made_fast(
     fitted: Fitted,
     spool: Spool,
     order: Numbers,

@@ -22,7 +22,7 @@ from router.guess import (
     guesses_of,
     lead_confidences,
 )
-from router.quantization import SAMPLES, quantized
+from router.quantization import SAMPLES, quantize
 from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
@@ -69,7 +69,7 @@ class Encoder:
         self._quantized = settings.get("bits") == BITS
         if self._quantized:
             ids = tokens_of(self._tokenizer, SAMPLES, self._tokens)
-            graph = quantized(graph, [_inputs([each]) for each in ids])
+            graph = quantize(graph, [_inputs([each]) for each in ids])
         self._session = session_of(graph.SerializeToString())
 
     def guess(self, text: str) -> Guess:
@@ -81,9 +81,9 @@ class Encoder:
         if not texts:
             return []
         ids = tokens_of(self._tokenizer, texts, self._tokens)
-        # In 8 bits a text must not be rounded by its company.
-        alone = {"most": 1} if self._quantized else {}
-        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits, **alone))
+        values_NT, best_NT = best_logits(
+            in_batches(ids, self._clusters, self._logits, quantized=self._quantized)
+        )
         return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:

@@ -1,7 +1,7 @@
 """The encoder's arrays as a graph that ONNX Runtime computes, several times as fast as numpy.
 
 The graph is made when a router is loaded, so that a bundle holds arrays and nothing else. Attention
-and norms are the fused kinds of ONNX Runtime. Knows nothing of texts.
+is the fused kind of ONNX Runtime. Knows nothing of texts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from router.tokens import FUSED
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 OPSET = 17
-FUSED = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
 EPSILON = 1e-12
 """Added to a variance before its root, as BERT has it."""
 WORDS = "words"

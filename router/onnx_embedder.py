@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from router.errors import ExportError
 from router.onnx_export import GRAPH_FILE, QUANTIZED_FILE, TOKENIZER_FILE
-from router.tokens import BATCH_TEXTS, Ids, in_batches, padded, session_of, tokens_of
+from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 
 class OnnxEmbedder:
@@ -50,16 +50,15 @@ class OnnxEmbedder:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
-        # In 8 bits a text must not be rounded by its company.
         self.quantized = graph == QUANTIZED_FILE
-        self._together = 1 if self.quantized else BATCH_TEXTS
         self.name = name
         self.digest = digest
         self.dimension = self._run([[0]]).shape[1]
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embed texts: shape (N, D), float32, rows of unit length, in the order given."""
-        return in_batches(self._tokens(texts), self.dimension, self._run, most=self._together)
+        ids = self._tokens(texts)
+        return in_batches(ids, self.dimension, self._run, quantized=self.quantized)
 
     def inputs(self, texts: Sequence[str]) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
         """What the graph is given for each of some texts."""

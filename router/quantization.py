@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from router.tokens import session_of
+from router.tokens import FUSED, session_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 Floats = npt.NDArray[np.float32]
 
-FUSED = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
 BLOCKS = (128, 64, 32, 16)
 """Inputs of a product that share a scale: the largest that divides them."""
 SHIFTED = 0.5
@@ -67,7 +65,7 @@ SAMPLES = (
 """Texts of several kinds to see the channels' sizes with."""
 
 
-def quantized(graph: ModelProto, given: Iterable[Mapping[str, npt.NDArray[Any]]]) -> ModelProto:
+def quantize(graph: ModelProto, given: Iterable[Mapping[str, npt.NDArray[Any]]]) -> ModelProto:
     """The same graph with its products by constant matrices in 8 bits.
 
     Products whose inputs no block divides stay as they are, and so do all other operators. In a

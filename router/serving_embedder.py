@@ -28,7 +28,7 @@ from router.embedder import Embedder, SentenceEmbedder, load_embedder
 from router.errors import EmbedderMismatchError, ExportError
 from router.onnx_embedder import OnnxEmbedder
 from router.onnx_export import GRAPH_FILE, QUANTIZED_FILE, TOKENIZER_FILE, export_embedder
-from router.quantization import SAMPLES, quantized
+from router.quantization import SAMPLES, quantize
 
 Vectors = npt.NDArray[np.float32]
 
@@ -171,20 +171,21 @@ def _quantize(exported: OnnxEmbedder, directory: Path, original: Vectors) -> Non
     """
     import onnx
 
-    graph = onnx.load(directory / GRAPH_FILE)
     try:
-        content = quantized(graph, exported.inputs(SAMPLES)).SerializeToString()
-    except Exception as error:  # ONNX raises whatever it meets
+        graph = quantize(onnx.load(directory / GRAPH_FILE), exported.inputs(SAMPLES))
+        (directory / QUANTIZED_FILE).write_bytes(graph.SerializeToString())
+        found = OnnxEmbedder(
+            directory,
+            name=exported.name,
+            digest=exported.digest,
+            max_tokens=exported.max_tokens,
+            graph=QUANTIZED_FILE,
+        )
+        cosine = float((found.encode(PROBES) * original).sum(axis=1).min())
+    except OSError:
+        raise
+    except Exception as error:  # ONNX and its runtime raise whatever they meet
         raise ExportError(f"it cannot be made ({error})") from error
-    (directory / QUANTIZED_FILE).write_bytes(content)
-    found = OnnxEmbedder(
-        directory,
-        name=exported.name,
-        digest=exported.digest,
-        max_tokens=exported.max_tokens,
-        graph=QUANTIZED_FILE,
-    )
-    cosine = float((found.encode(PROBES) * original).sum(axis=1).min())
     if not cosine >= LEAST_QUANTIZED_COSINE:
         raise ExportError(f"its vectors differ from the original ones (cosine {cosine:.4f})")
 

@@ -16,6 +16,9 @@ from router.embedder import CHARACTERS_PER_TOKEN, readable_text
 
 Ids = Sequence[Sequence[int]]
 
+FUSED = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 BATCH_TEXTS = 8
 """Texts computed at once: on one core more gain nothing, and each is padded to the longest."""
 
@@ -57,10 +60,14 @@ def in_batches(
     width: int,
     run: Callable[[Ids], npt.NDArray[np.float32]],
     *,
-    most: int = BATCH_TEXTS,
+    quantized: bool,
 ) -> npt.NDArray[np.float32]:
-    """What `run` makes of texts of like length, `most` at a time: shape (texts, width), in their
-    order."""
+    """What `run` makes of texts: shape (texts, width), in their order.
+
+    Some of like length at a time; one alone where it computes in 8 bits, as a text must not be
+    rounded by its company.
+    """
+    most = 1 if quantized else BATCH_TEXTS
     found = np.empty((len(ids), width), dtype=np.float32)
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     for start in range(0, len(order), most):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from router.quantization import FUSED, quantized
-from router.tokens import session_of
+from router.quantization import quantize
+from router.tokens import FUSED, session_of
 
 HEADS = 4
 Arrays = dict[str, npt.NDArray[Any]]
@@ -69,7 +69,7 @@ def test_a_product_is_nearly_the_same_even_with_loud_channels(
     rng = np.random.default_rng(seed)
     width = blocks * block
     graph = product(width, outward, rng)
-    made = quantized(graph, [inputs(width, rng, loud=loud) for _ in range(3)])
+    made = quantize(graph, [inputs(width, rng, loud=loud) for _ in range(3)])
     assert kinds(made) == ["Mul", "MatMulNBits"]
     assert off(graph, made, inputs(width, rng, loud=loud)) < 0.02
     assert made.ByteSize() < graph.ByteSize() or outward * width < 4000
@@ -80,15 +80,15 @@ def test_loud_channels_are_shifted_to_the_weights() -> None:
     graph = product(256, 64, rng)
     seen, other = inputs(256, rng, loud=4), inputs(256, rng, loud=4)
     blind = {**seen, "x": np.ones_like(seen["x"])}
-    assert off(graph, quantized(graph, [seen]), other) < 0.7 * off(
-        graph, quantized(graph, [blind]), other
+    assert off(graph, quantize(graph, [seen]), other) < 0.7 * off(
+        graph, quantize(graph, [blind]), other
     )
 
 
 def test_what_no_block_divides_stays_as_it_is() -> None:
     rng = np.random.default_rng(0)
     graph = product(24, 8, rng)
-    assert quantized(graph, [inputs(24, rng)]).SerializeToString() == graph.SerializeToString()
+    assert quantize(graph, [inputs(24, rng)]).SerializeToString() == graph.SerializeToString()
 
 
 def test_a_product_of_two_tensors_is_none_of_ours() -> None:
@@ -100,7 +100,7 @@ def test_a_product_of_two_tensors_is_none_of_ours() -> None:
         helper.make_node("MatMul", ["m", "w"], ["y"]),
     ]
     graph = model(nodes, {"w": rng.standard_normal((64, 32), dtype=np.float32)}, 64)
-    made = quantized(graph, [inputs(64, rng)])
+    made = quantize(graph, [inputs(64, rng)])
     assert kinds(made) == ["Transpose", "MatMul", "MatMul", "Mul", "MatMulNBits"]
 
 
@@ -116,7 +116,7 @@ def test_attention_keeps_its_mask_its_heads_and_its_bias(hidden: int) -> None:
     )
     graph = model([node], arrays, 64)
     given = inputs(64, rng)
-    made = quantized(graph, [given])
+    made = quantize(graph, [given])
     assert kinds(made) == ["Mul", "MatMulNBits", "Split", "MultiHeadAttention"]
     given["mask"][:, 9 - hidden :] = 0
     assert off(graph, made, given) < 0.02
@@ -136,4 +136,4 @@ def test_attention_with_more_than_is_known_stays() -> None:
         num_heads=HEADS,
         unidirectional=1,
     )
-    assert kinds(quantized(model([node], arrays, 64), [inputs(64, rng)])) == ["Attention"]
+    assert kinds(quantize(model([node], arrays, 64), [inputs(64, rng)])) == ["Attention"]
