@@ -110,7 +110,7 @@ def fitted(corpus: Corpus, report: Report, kept: Path | None) -> Fitted:
         router = Router.load(directory, device="cpu", threads=1, runtime="auto")
         size = sum(file.stat().st_size for file in directory.iterdir())
     report.add(f"{corpus.key}_router_mb", size / 1e6, "MB")
-    return Fitted(corpus, router, router.embedder.encode(corpus.test) @ router.centroids.T)
+    return Fitted(corpus, router, router.embed(corpus.test) @ router.centroids.T)
 
 
 def fit(corpus: Corpus, report: Report, directory: Path) -> None:
@@ -151,7 +151,7 @@ def measure_agreement(fitted: Fitted, report: Report) -> None:
     from router.distillation import cut_pieces
 
     pieces = cut_pieces(texts, 1000, np.random.default_rng(1))
-    cosines = fitted.router.embedder.encode(pieces) @ fitted.router.centroids.T
+    cosines = fitted.router.embed(pieces) @ fitted.router.centroids.T
     judge("corpus_pieces", fitted, pieces, cosines, report, goal=None)
 
 
@@ -204,7 +204,7 @@ def measure_embedder(fitted: Fitted, report: Report) -> None:
     with one_core(), torch_threads(1):
         for start in range(0, EMBEDDED_SINGLY, IN_TURN):
             some = [[text] for text in texts[start : start + IN_TURN]]
-            times["embedder"] += timed(router.embedder.encode, some)
+            times["embedder"] += timed(router.embed, some)
             times["torch"] += timed(torch.encode, some)
     took = {name: 1e3 * statistics.median(some) for name, some in times.items()}
     report.add("torch_ms", took["torch"], "ms")

@@ -166,9 +166,35 @@ def _most_answers(
     falling = confidence[order]
     wrong = before[1] + np.cumsum(~right[order])
     answers = before[0] + np.arange(1, len(order) + 1)
-    upper = wrong + deviations * np.sqrt(wrong + 0.75) + (deviations**2 + 3) / 4
-    bound = upper / answers
+    bound = _upper_limit(wrong, deviations) / answers
     # Equal confidences are believed together or not at all.
     last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
     good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))
     return (int(good[-1]) + 1, float(falling[good[-1]])) if good.size else (0, 0.0)
+
+
+def doubted_below(leads: npt.ArrayLike, agrees: npt.ArrayLike, target: float) -> float:
+    """The least lead up to which decisions of lower precision must be made again in full, for the
+    bound on their disagreements (as in `sure_from`, of one deviation) to hold the target; 0 where
+    it holds as they are.
+
+    Where the texts are too few for any bound to hold it, no disagreement is left to stand.
+
+    Args:
+        leads: by how much each decision was made, shape (N,).
+        agrees: whether it is that of full precision, shape (N,).
+        target: least agreement.
+    """
+    wrong = np.sort(np.asarray(leads, dtype=np.float64)[~np.asarray(agrees, dtype=np.bool_)])
+    counts = np.arange(wrong.size + 1)
+    allowed = (1 - target) * np.size(leads) + 1e-12
+    stand = int(counts[(counts == 0) | (_upper_limit(counts, 1.0) <= allowed)].max())
+    return float(wrong[wrong.size - stand - 1]) if stand < wrong.size else 0.0
+
+
+def _upper_limit(wrong: npt.NDArray[np.int64], deviations: float) -> npt.NDArray[np.float64]:
+    """Of disagreements, where so many were seen."""
+    limit: npt.NDArray[np.float64] = (
+        wrong + deviations * np.sqrt(wrong + 0.75) + (deviations**2 + 3) / 4
+    )
+    return limit

@@ -22,15 +22,13 @@ from router.guess import (
     guesses_of,
     lead_confidences,
 )
-from router.quantization import SAMPLES, quantize
+from router.quantization import LEVELS, SAMPLES, levels_here, quantize
 from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
 TOKENS = 64
 """Tokens of a text that it reads."""
 TOKENIZER = "tokenizer"
-BITS = 8
-"""That it computes with; what was trained without saying so, in 32."""
 
 
 class Encoder:
@@ -54,6 +52,7 @@ class Encoder:
             layers, heads, self._clusters = (
                 int(settings[name]) for name in ("layers", "heads", "clusters")
             )
+            levels = int(settings.get("levels", LEVELS + 1))
             fits = whole(arrays, layers, heads, self._clusters)
             self._tokenizer = _tokenizer_of(arrays[TOKENIZER])
         except (KeyError, TypeError, ValueError):
@@ -66,10 +65,9 @@ class Encoder:
         self._tokenizer.enable_truncation(self._tokens)
         computed = {name: array for name, array in arrays.items() if name != TOKENIZER}
         graph = graph_of(computed, layers, heads)
-        self._quantized = settings.get("bits") == BITS
-        if self._quantized:
+        if levels <= levels_here():  # else in 32 bits, whose guesses are hardly worse
             ids = tokens_of(self._tokenizer, SAMPLES, self._tokens)
-            graph = quantize(graph, [_inputs([each]) for each in ids])
+            graph = quantize(graph, [_inputs([each]) for each in ids], levels)
         self._session = session_of(graph.SerializeToString())
 
     def guess(self, text: str) -> Guess:
@@ -81,9 +79,7 @@ class Encoder:
         if not texts:
             return []
         ids = tokens_of(self._tokenizer, texts, self._tokens)
-        values_NT, best_NT = best_logits(
-            in_batches(ids, self._clusters, self._logits, quantized=self._quantized)
-        )
+        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits))
         return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from router.embedder import Embedder, SentenceEmbedder
-from router.encoder import BITS, FORMAT, TOKENIZER, TOKENS
+from router.encoder import FORMAT, TOKENIZER, TOKENS
 from router.encoder_graph import ENTRY, EPSILON, HEAD, LAYER, WORDS, layer_array
 from router.guess import TEMPERATURE
+from router.quantization import levels_here
 from router.student_training import Floats, Indices, best_targets, loss_of, torch_threads
 from router.tokens import padded, tokens_of
 from router.types import OnProgress, ignore
@@ -122,7 +123,7 @@ def train_encoder(
         "clusters": clusters,
         "layers": len(bert.encoder.layer),
         "heads": bert.config.num_attention_heads,
-        "bits": BITS,
+        "levels": levels_here(),
     }
     return arrays, settings
 

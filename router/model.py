@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from configs.manifest import expert_id
 from configs.schema import RouterConfig, Runtime
-from router.calibration import Calibration, calibrate
+from router.calibration import Calibration, calibrate, doubted_below
 from router.cascade import Cascade, Guesser, StudentRecord
 from router.clustering import CentroidIndex, fit_clusters, limit_threads, nearest_centroids
 from router.conversation import Message, opening_text, routing_text
@@ -25,6 +26,7 @@ from router.embedder import Embedder, SentenceEmbedder
 from router.errors import ExportError, RouterFormatError
 from router.guess import Guess
 from router.onnx_embedder import OnnxEmbedder
+from router.quantization import levels_here
 from router.serving_embedder import require_digest, serving_embedder
 from router.storage import (
     ENCODER_FILE,
@@ -71,8 +73,19 @@ class Router:
         centroids: Vectors,
         embedder: Embedder,
         cascade: Cascade | None = None,
+        exact: Embedder | None = None,
     ) -> None:
+        """Take the parts.
+
+        Args:
+            record: what is known of the router.
+            centroids: shape (K, D), rows of unit length.
+            embedder: that texts are embedded with.
+            cascade: what is asked before it.
+            exact: what embeds a text again where the lead is no more than the record says.
+        """
         self._cascade = cascade
+        self._exact = exact
         self._record = record
         self._centroids = centroids
         self._index = CentroidIndex(centroids)
@@ -149,18 +162,16 @@ class Router:
         record, centroids = read_router(directory)
         if threads is not None:
             limit_threads(threads)
+        exact = None
         if embedder is None:
             config = record.config.model_copy(update={"runtime": runtime})
-            embedder = serving_embedder(
-                record.embedder,
-                record.embedder_digest,
-                config,
-                device=device,
-                threads=threads,
-                quantized=record.may_be_quantized,
-            )
+            name, digest = record.embedder, record.embedder_digest
+            load = partial(serving_embedder, name, digest, config, device=device, threads=threads)
+            embedder = load(quantized=record.may_be_quantized)
+            if getattr(embedder, "quantized", False) and record.doubted_lead > 0:
+                exact = load()
         require_digest(embedder, record.embedder_digest)
-        return cls(record, centroids, embedder, _read_cascade(directory, record))
+        return cls(record, centroids, embedder, _read_cascade(directory, record), exact)
 
     def save(self, directory: Path) -> None:
         """Write the router as safetensors and JSON; the directory is made if missing."""
@@ -189,15 +200,27 @@ class Router:
         rng = np.random.default_rng(record.seed)
         count = min(MEASURED_TEXTS, len(texts.vectors))
         rows = np.sort(rng.choice(len(texts.vectors), count, replace=False))
-        vectors = embedder.encode(texts.read(rows))
-        pairs = zip(
-            self.route_embeddings(texts.vectors[rows]), self.route_embeddings(vectors), strict=True
+        right = self.route_embeddings(texts.vectors[rows])
+        routes = self.route_embeddings(embedder.encode(texts.read(rows)))
+        agrees = np.array(
+            [one.expert == other.expert for one, other in zip(right, routes, strict=True)]
         )
-        agreement = float(np.mean([one.expert == other.expert for one, other in pairs]))
+        leads = np.array([self._lead(route) for route in routes])
+        limit = doubted_below(leads, agrees, record.config.quantized_agreement or 1.0)
+        doubted = (leads <= limit) & (limit > 0)
+        found = Quantized(
+            texts=count,
+            agreement=float((agrees | doubted).mean()),
+            doubted=float(doubted.mean()),
+            lead=limit,
+            levels=levels_here(),
+        )
         logger.info(
-            "in 8 bits the embedder routes %.2f%% of %d texts alike", 100 * agreement, count
+            "in 8 bits the embedder routes %.2f%% of %d texts alike, %.2f%% are computed again",
+            100 * found.agreement,
+            count,
+            100 * found.doubted,
         )
-        found = Quantized(texts=count, agreement=agreement)
         record = record.model_copy(update={"quantized": found})
         return Router(record, self._centroids, full, self._cascade)
 
@@ -277,7 +300,7 @@ class Router:
         """Where each text goes: by the student where it is sure, else by the embedder."""
         guesses = self._cascade.sure_guesses(texts) if self._cascade else [None] * len(texts)
         unsure = [text for text, guess in zip(texts, guesses, strict=True) if guess is None]
-        rest = iter(self.route_embeddings(self._embedder.encode(unsure)) if unsure else ())
+        rest = iter(self._embedded(unsure)[1] if unsure else ())
         return [next(rest) if guess is None else self._believe(guess) for guess in guesses]
 
     def route_embeddings(self, embeddings: Vectors) -> list[Route]:
@@ -385,13 +408,35 @@ class Router:
             [opening_text(messages) for messages in conversations] if config.sticky else texts
         )
         unique = list(dict.fromkeys([*texts, *openings]))
-        embeddings = self._embedder.encode(unique)
-        routes = self.route_embeddings(embeddings)
+        embeddings, routes = self._embedded(unique)
         place = {text: index for index, text in enumerate(unique)}
         return [
             self._settle(routes[place[text]], routes[place[opening]], embeddings[place[text]])
             for text, opening in zip(texts, openings, strict=True)
         ]
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """The vectors by which texts are routed: shape (N, D), rows of unit length."""
+        return self._embedded(texts)[0]
+
+    def _embedded(self, texts: Sequence[str]) -> tuple[Vectors, list[Route]]:
+        """Vectors of texts and where they go, where the decision is close by full precision."""
+        vectors = self._embedder.encode(texts)
+        routes = self.route_embeddings(vectors)
+        if self._exact is None:
+            return vectors, routes
+        limit = self._record.doubted_lead
+        doubted = [place for place, route in enumerate(routes) if self._lead(route) <= limit]
+        if doubted:
+            vectors[doubted] = self._exact.encode([texts[place] for place in doubted])
+            again = self.route_embeddings(vectors[doubted])
+            for place, route in zip(doubted, again, strict=True):
+                routes[place] = route
+        return vectors, routes
+
+    def _lead(self, route: Route) -> float:
+        """How far a route is from being another."""
+        return min(route.margin, abs(route.score - self.threshold))
 
     def _settle(self, now: Route, home: Route, embedding: Vectors) -> Route:
         """The route of a text in a conversation whose first user turn has the route `home`."""

@@ -58,7 +58,7 @@ class OnnxEmbedder:
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embed texts: shape (N, D), float32, rows of unit length, in the order given."""
         ids = self._tokens(texts)
-        return in_batches(ids, self.dimension, self._run, quantized=self.quantized)
+        return in_batches(ids, self.dimension, self._run)
 
     def inputs(self, texts: Sequence[str]) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
         """What the graph is given for each of some texts."""

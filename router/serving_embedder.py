@@ -28,13 +28,13 @@ from router.embedder import Embedder, SentenceEmbedder, load_embedder
 from router.errors import EmbedderMismatchError, ExportError
 from router.onnx_embedder import OnnxEmbedder
 from router.onnx_export import GRAPH_FILE, QUANTIZED_FILE, TOKENIZER_FILE, export_embedder
-from router.quantization import SAMPLES, quantize
+from router.quantization import SAMPLES, levels_here, quantize
 
 Vectors = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 META_FILE = "export.json"
 LEAST_COSINE = 0.9995
 """Of an exported and the original vector; both compute in 32 bits."""
@@ -81,7 +81,8 @@ def serving_embedder(
     """
     if config.runtime == "torch" or (config.runtime == "auto" and device == "cuda"):
         return _original(name, digest, config, device, threads)
-    directory = exports_directory() / f"{digest[:32]}-{FORMAT}-{version('onnxruntime')}"
+    kind = f"{FORMAT}-{levels_here()}-{version('onnxruntime')}"
+    directory = exports_directory() / f"{digest[:32]}-{kind}"
     try:
         if not directory.is_dir():
             with _alone(directory):
@@ -172,7 +173,7 @@ def _quantize(exported: OnnxEmbedder, directory: Path, original: Vectors) -> Non
     import onnx
 
     try:
-        graph = quantize(onnx.load(directory / GRAPH_FILE), exported.inputs(SAMPLES))
+        graph = quantize(onnx.load(directory / GRAPH_FILE), exported.inputs(SAMPLES), levels_here())
         (directory / QUANTIZED_FILE).write_bytes(graph.SerializeToString())
         found = OnnxEmbedder(
             directory,

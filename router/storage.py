@@ -22,6 +22,7 @@ from configs.schema import RouterConfig
 from router.calibration import Calibration
 from router.cascade import StudentRecord
 from router.errors import RouterFormatError
+from router.quantization import levels_here
 
 FORMAT = 1
 RECORD_FILE = "router.json"
@@ -30,6 +31,8 @@ STUDENT_FILE = "student.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 CENTROIDS = "centroids"
 UNIT_TOLERANCE = 1e-3
+MOST_DOUBTED = 0.2
+"""Share of texts: more, and all in 32 bits would be about as fast."""
 REMEDY = "run `introvert fit` again, or publish the bundle anew"
 
 
@@ -43,7 +46,14 @@ class Quantized(BaseModel):
     texts: int
     """Measured on."""
     agreement: float
-    """Share of them with the expert, or abstention, that 32 bits give."""
+    """Share of them with the expert, or abstention, that 32 bits give; what is doubted counts."""
+    doubted: float = 0.0
+    """Share of them whose decision was so close that it is made again in 32 bits."""
+    lead: float = 0.0
+    """Up to which a decision is that close: a lead over the runner-up, or a distance from the
+    threshold of abstention."""
+    levels: int = 0
+    """Of a weight in 8 bits; what another processor rounds otherwise was not measured."""
 
 
 class RouterRecord(BaseModel):
@@ -72,10 +82,22 @@ class RouterRecord(BaseModel):
 
     @property
     def may_be_quantized(self) -> bool:
-        """Whether the embedder routes enough texts in 8 bits as in 32 to be served so."""
+        """Whether the embedder can be served in 8 bits here: it routes enough texts as in 32, few
+        of them twice."""
         least = self.config.quantized_agreement
         found = self.quantized
-        return least is not None and found is not None and found.agreement >= least
+        return (
+            least is not None
+            and found is not None
+            and found.agreement >= least
+            and found.doubted <= MOST_DOUBTED
+            and found.levels == levels_here()
+        )
+
+    @property
+    def doubted_lead(self) -> float:
+        """Lead up to which what was decided in 8 bits is decided again in 32."""
+        return self.quantized.lead if self.quantized else 0.0
 
 
 Arrays = Mapping[str, npt.NDArray[Any]]

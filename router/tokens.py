@@ -59,18 +59,12 @@ def in_batches(
     ids: Ids,
     width: int,
     run: Callable[[Ids], npt.NDArray[np.float32]],
-    *,
-    quantized: bool,
 ) -> npt.NDArray[np.float32]:
-    """What `run` makes of texts: shape (texts, width), in their order.
-
-    Some of like length at a time; one alone where it computes in 8 bits, as a text must not be
-    rounded by its company.
-    """
-    most = 1 if quantized else BATCH_TEXTS
+    """What `run` makes of texts, some of like length at a time: shape (texts, width), in their
+    order."""
     found = np.empty((len(ids), width), dtype=np.float32)
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-    for start in range(0, len(order), most):
-        places = order[start : start + most]
+    for start in range(0, len(order), BATCH_TEXTS):
+        places = order[start : start + BATCH_TEXTS]
         found[places] = run([ids[place] for place in places])
     return found
