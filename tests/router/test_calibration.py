@@ -14,6 +14,7 @@ from router.calibration import (
     Sureness,
     abstention_threshold,
     calibrate,
+    doubted_below,
     sure_from,
 )
 from router.errors import CalibrationError
@@ -160,3 +161,33 @@ def test_what_is_recorded_is_what_the_limits_do(seed: int, texts: int) -> None:
         assert found.agreement >= 0.99
     else:
         assert found.agreement is None
+
+
+def test_what_holds_the_target_is_not_doubted() -> None:
+    leads, agrees = np.linspace(0.01, 1, 2000), np.ones(2000, dtype=bool)
+    assert doubted_below(leads, agrees, 0.995) == 0
+    agrees[[3, 500, 1000]] = False
+    assert doubted_below(leads, agrees, 0.995) == 0, "3 of the 10 that the target leaves"
+
+
+@given(
+    wrong=st.sets(st.integers(0, 1999), max_size=60),
+    target=st.sampled_from([0.99, 0.995, 0.999]),
+)
+def test_doubt_leaves_what_the_target_allows_and_no_less(wrong: set[int], target: float) -> None:
+    leads, agrees = np.arange(1, 2001) / 2000, np.ones(2000, dtype=bool)
+    agrees[list(wrong)] = False
+    limit = doubted_below(leads, agrees, target)
+
+    def bound(below: float) -> float:
+        stand = int((~agrees & (leads > below)).sum())
+        return (stand + 1 + (stand + 0.75) ** 0.5) / 2000 if stand else 0.0
+
+    assert bound(limit) <= 1 - target + 1e-9
+    if limit:
+        assert bound(np.nextafter(limit, 0)) > 1 - target, "less doubt would have done"
+
+
+def test_where_texts_are_few_no_disagreement_stands() -> None:
+    assert doubted_below([0.3, 0.1, 0.2], [True, False, False], 0.9) == 0.2
+    assert doubted_below([], [], 0.9) == 0

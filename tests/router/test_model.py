@@ -381,7 +381,7 @@ def test_8_bits_are_measured_and_then_served(
     assert measured.route(mixture.heldout) == router.route(mixture.heldout), "of the same embedder"
 
 
-def test_8_bits_that_change_routes_are_not_served(
+def test_routes_that_8_bits_change_are_decided_again(
     mixture: Mixture, minilm: SentenceEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = OnnxEmbedder.encode
@@ -394,13 +394,53 @@ def test_8_bits_that_change_routes_are_not_served(
     monkeypatch.setattr(OnnxEmbedder, "encode", elsewhere)
     router = fit(mixture, minilm, quantized_agreement=0.999).router
     record = router.quantized(texts_of(mixture, minilm))._record
-    assert record.quantized is not None
-    assert record.quantized.agreement == pytest.approx(1 - 1 / len(mixture.texts))
-    assert not record.may_be_quantized
-    lenient = record.config.model_copy(update={"quantized_agreement": 0.5})
-    assert record.model_copy(update={"config": lenient}).may_be_quantized
-    never = record.config.model_copy(update={"quantized_agreement": None})
-    assert not record.model_copy(update={"config": never}).may_be_quantized
+    found = record.quantized
+    assert found is not None
+    assert found.agreement == 1, "what is decided again is right"
+    assert found.lead > 0
+    assert found.doubted >= 1 / len(mixture.texts)
+
+    def may(quantized: dict[str, object] | None = None, **config: object) -> bool:
+        changed = record.model_copy(
+            update={
+                "config": record.config.model_copy(update=config),
+                "quantized": found.model_copy(update={"doubted": 0.1, **(quantized or {})}),
+            }
+        )
+        return changed.may_be_quantized
+
+    assert may()
+    assert not may({"doubted": 0.3}), "all in 32 bits is about as fast"
+    assert not may({"levels": found.levels - 1}), "nobody knows what this machine does to routes"
+    assert not may({"agreement": 0.99})
+    assert may({"agreement": 0.99}, quantized_agreement=0.5)
+    assert not may(quantized_agreement=None)
+
+
+@pytest.mark.parametrize("lead", [0.0, 0.05, 2.0])
+def test_a_close_decision_is_made_in_32_bits(
+    router: Router, mixture: Mixture, minilm: SentenceEmbedder, tmp_path: Path, lead: float
+) -> None:
+    measured = router.quantized(texts_of(mixture, minilm))
+    found = measured._record.quantized
+    assert found is not None
+    update = {"quantized": found.model_copy(update={"lead": lead, "doubted": 0.1})}
+    measured._record = measured._record.model_copy(update=update)
+    measured.save(tmp_path)
+    served = Router.load(tmp_path, device="cpu", threads=1, runtime="onnx")
+    full = Router.load(tmp_path, device="cpu", threads=1, embedder=minilm)
+    vectors, exact = served.embed(mixture.heldout), full.embed(mixture.heldout)
+    quick = served.embedder.encode(mixture.heldout)
+    leads = [full._lead(route) for route in served.route_embeddings(quick)]
+    again = [
+        bool(np.allclose(row, wanted, atol=1e-5))
+        for row, wanted in zip(vectors, exact, strict=True)
+    ]
+    assert again == [lead > 0 and each <= lead for each in leads]
+    routes = served.route_embeddings(vectors)
+    assert served.route(mixture.heldout) == routes
+    asked = [[Message("user", text)] for text in mixture.heldout]
+    assert served.route_conversations(asked) == routes
 
 
 def test_where_8_bits_cannot_be_had_nothing_is_said_of_them(

