@@ -132,7 +132,8 @@ def fit(corpus: Corpus, report: Report, directory: Path) -> None:
 
     train = texts(corpus.train, vectors)
     begin = time.perf_counter()
-    taught = plain.quantized(train).taught(train, texts(corpus.valid, heldout))
+    others = texts(corpus.valid, heldout)
+    taught = plain.quantized(train, others).taught(train, others)
     report.add(f"{corpus.key}_distilling_s", time.perf_counter() - begin, "s")
     taught.save(directory)
 

@@ -252,13 +252,13 @@ def _made_fast(
         return Texts(embedded.vectors[part], read)
 
     trained = len(fitted.assignment)
-    router, train = fitted.router, texts(slice(trained))
+    router, train, heldout = fitted.router, texts(slice(trained)), texts(slice(trained, None))
     if config.router.quantized_agreement is not None:
         on_progress("quantizing", 0, 1)
-        router = router.quantized(train)
+        router = router.quantized(train, heldout)
         on_progress("quantizing", 1, 1)
     if config.router.student:
-        router = router.taught(train, texts(slice(trained, None)), on_progress)
+        router = router.taught(train, heldout, on_progress)
     return router
 
 

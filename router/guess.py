@@ -39,20 +39,19 @@ class Guess:
 
 def best_logits(logits_NK: Floats) -> tuple[Floats, Indices]:
     """The `TOP` best logits of N texts, falling, and their clusters: of shape (N, T)."""
-    count = min(TOP, logits_NK.shape[1])
-    if count < logits_NK.shape[1]:
-        best_NT = np.argpartition(logits_NK, -count, axis=1)[:, -count:]
+    rows_N1 = np.arange(len(logits_NK))[:, None]
+    if logits_NK.shape[1] <= TOP:
+        best_NT = (-logits_NK).argsort(axis=1, kind="stable")
     else:
-        best_NT = np.broadcast_to(np.arange(count), logits_NK.shape)
-    values_NT = np.take_along_axis(logits_NK, best_NT, axis=1)
-    order_NT = np.argsort(-values_NT, axis=1, kind="stable")
-    values_NT = np.take_along_axis(values_NT, order_NT, axis=1)
-    return values_NT, np.take_along_axis(best_NT, order_NT, axis=1)
+        some_NT = np.argpartition(logits_NK, -TOP, axis=1)[:, -TOP:]
+        order_NT = (-logits_NK[rows_N1, some_NT]).argsort(axis=1, kind="stable")
+        best_NT = some_NT[rows_N1, order_NT]
+    return logits_NK[rows_N1, best_NT], best_NT
 
 
 def guesses_of(values_NT: Floats, best_NT: Indices, confidences: Floats) -> list[Guess]:
     """Guesses of N texts from their best logits and how sure each is."""
-    scores_NT = np.clip(values_NT * np.float32(TEMPERATURE), -1, 1)
+    scores_NT = np.minimum(np.maximum(values_NT * np.float32(TEMPERATURE), -1), 1)
     return [
         Guess(int(best[0]), confidence, float(scores[0]), scores, best)
         for best, confidence, scores in zip(best_NT, confidences.tolist(), scores_NT, strict=True)

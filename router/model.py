@@ -179,12 +179,14 @@ class Router:
         students = [step.student.arrays() for step in steps]
         write_router(directory, self._record, self._centroids, *students)
 
-    def quantized(self, texts: Texts) -> Router:
+    def quantized(self, train: Texts, heldout: Texts) -> Router:
         """This router with what computing its embedder in 8 bits does to routes measured, which
         says whether it is served so.
 
         Args:
-            texts: of the kind that is routed, with the embedder's vectors.
+            train: the texts it was fitted on, with their vectors; they lie further inside of
+                their clusters than others, so they count only where `heldout` are too few.
+            heldout: the texts it was calibrated on.
         """
         record, full = self._record, self._embedder
         if not isinstance(full, SentenceEmbedder):
@@ -198,10 +200,13 @@ class Router:
         if not isinstance(embedder, OnnxEmbedder) or not embedder.quantized:
             return self
         rng = np.random.default_rng(record.seed)
-        count = min(MEASURED_TEXTS, len(texts.vectors))
-        rows = np.sort(rng.choice(len(texts.vectors), count, replace=False))
-        right = self.route_embeddings(texts.vectors[rows])
-        routes = self.route_embeddings(embedder.encode(texts.read(rows)))
+        right: list[Route] = []
+        routes: list[Route] = []
+        for some in (heldout, train):
+            count = min(MEASURED_TEXTS - len(right), len(some.vectors))
+            rows = np.sort(rng.choice(len(some.vectors), count, replace=False))
+            right += self.route_embeddings(some.vectors[rows])
+            routes += self.route_embeddings(embedder.encode(some.read(rows)))
         agrees = np.array(
             [one.expert == other.expert for one, other in zip(right, routes, strict=True)]
         )
@@ -209,7 +214,7 @@ class Router:
         limit = doubted_below(leads, agrees, record.config.quantized_agreement or 1.0)
         doubted = (leads <= limit) & (limit > 0)
         found = Quantized(
-            texts=count,
+            texts=len(routes),
             agreement=float((agrees | doubted).mean()),
             doubted=float(doubted.mean()),
             lead=limit,
@@ -218,7 +223,7 @@ class Router:
         logger.info(
             "in 8 bits the embedder routes %.2f%% of %d texts alike, %.2f%% are computed again",
             100 * found.agreement,
-            count,
+            found.texts,
             100 * found.doubted,
         )
         record = record.model_copy(update={"quantized": found})

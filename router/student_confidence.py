@@ -48,8 +48,8 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
 
 def confidence_of(measures: Floats, coefficients: Floats) -> Floats:
     """Chance that each guess is right, shape (N,)."""
-    sums = np.clip(measures @ coefficients[:-1] + coefficients[-1], -LARGEST, LARGEST)
-    chances: Floats = 1 / (1 + np.exp(-sums))
+    sums = measures @ coefficients[:-1] + coefficients[-1]
+    chances: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(sums, -LARGEST), LARGEST)))
     return chances
 
 

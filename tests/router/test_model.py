@@ -355,16 +355,19 @@ def test_a_route_is_plain_data(router: Router) -> None:
     assert json.loads(json.dumps(dataclasses.asdict(route)))["score"] == route.score
 
 
-def texts_of(mixture: Mixture, minilm: SentenceEmbedder) -> Texts:
-    rows = minilm.encode(mixture.texts)
-    return Texts(rows, lambda wanted: [mixture.texts[place] for place in wanted])
+def texts_of(texts: Sequence[str], embedder: Embedder) -> Texts:
+    return Texts(embedder.encode(texts), lambda wanted: [texts[place] for place in wanted])
+
+
+def halves(mixture: Mixture, embedder: Embedder) -> tuple[Texts, Texts]:
+    return texts_of(mixture.texts[::2], embedder), texts_of(mixture.texts[1::2], embedder)
 
 
 def test_8_bits_are_measured_and_then_served(
     router: Router, mixture: Mixture, minilm: SentenceEmbedder, tmp_path: Path
 ) -> None:
     router.save(tmp_path / "plain")
-    measured = router.quantized(texts_of(mixture, minilm))
+    measured = router.quantized(*halves(mixture, minilm))
     measured.save(tmp_path / "measured")
     record, _ = read_router(tmp_path / "measured")
     assert record.quantized is not None
@@ -393,7 +396,7 @@ def test_routes_that_8_bits_change_are_decided_again(
 
     monkeypatch.setattr(OnnxEmbedder, "encode", elsewhere)
     router = fit(mixture, minilm, quantized_agreement=0.999).router
-    record = router.quantized(texts_of(mixture, minilm))._record
+    record = router.quantized(*halves(mixture, minilm))._record
     found = record.quantized
     assert found is not None
     assert found.agreement == 1, "what is decided again is right"
@@ -421,7 +424,7 @@ def test_routes_that_8_bits_change_are_decided_again(
 def test_a_close_decision_is_made_in_32_bits(
     router: Router, mixture: Mixture, minilm: SentenceEmbedder, tmp_path: Path, lead: float
 ) -> None:
-    measured = router.quantized(texts_of(mixture, minilm))
+    measured = router.quantized(*halves(mixture, minilm))
     found = measured._record.quantized
     assert found is not None
     update = {"quantized": found.model_copy(update={"lead": lead, "doubted": 0.1})}
@@ -447,11 +450,9 @@ def test_where_8_bits_cannot_be_had_nothing_is_said_of_them(
     mixture: Mixture, minilm: SentenceEmbedder
 ) -> None:
     router = fit(mixture, minilm, runtime="torch").router
-    assert router.quantized(texts_of(mixture, minilm))._record.quantized is None
+    assert router.quantized(*halves(mixture, minilm))._record.quantized is None
 
 
 def test_an_embedder_of_another_kind_has_no_8_bits(mixture: Mixture, words: WordEmbedder) -> None:
     router = fit(mixture, words).router
-    rows = words.encode(mixture.texts)
-    texts = Texts(rows, lambda wanted: [mixture.texts[place] for place in wanted])
-    assert router.quantized(texts) is router
+    assert router.quantized(*halves(mixture, words)) is router
