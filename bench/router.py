@@ -41,7 +41,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Beside the repository."""
 CLUSTERS = {"clinc": 10, "corpus": 6}
 GOALS = {"clinc": ">= 0.75", "corpus": ">= 0.90"}
-TORCH_TEXTS = 1000
+TORCH_TEXTS = 4500
 BATCH = 256
 EMBEDDED_SINGLY = 300
 IN_TURN = 25

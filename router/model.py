@@ -42,8 +42,10 @@ from router.types import Candidate, Decider, OnProgress, Route, ignore
 
 logger = logging.getLogger(__name__)
 
-MEASURED_TEXTS = 2000
-"""To measure the embedder in 8 bits on."""
+MOST_MEASURED = 4000
+"""Held-out texts to measure the embedder in 8 bits on."""
+ENOUGH_MEASURED = 2000
+"""Where there are fewer, they are filled up to so many from those of the fit."""
 
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -202,8 +204,8 @@ class Router:
         rng = np.random.default_rng(record.seed)
         right: list[Route] = []
         routes: list[Route] = []
-        for some in (heldout, train):
-            count = min(MEASURED_TEXTS - len(right), len(some.vectors))
+        for some, most in ((heldout, MOST_MEASURED), (train, ENOUGH_MEASURED)):
+            count = min(max(0, most - len(right)), len(some.vectors))
             rows = np.sort(rng.choice(len(some.vectors), count, replace=False))
             right += self.route_embeddings(some.vectors[rows])
             routes += self.route_embeddings(embedder.encode(some.read(rows)))

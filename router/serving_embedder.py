@@ -34,7 +34,7 @@ Vectors = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 META_FILE = "export.json"
 LEAST_COSINE = 0.9995
 """Of an exported and the original vector; both compute in 32 bits."""
