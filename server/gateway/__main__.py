@@ -35,6 +35,7 @@ from server.gateway.app import create_app
 from server.gateway.errors import GatewayStartError
 from server.gateway.heads import protocol_for
 from server.gateway.logs import log_to_stderr
+from server.gateway.memory import settle, settling
 from server.gateway.routing import router_from_bundle
 from server.gateway.seat import Seat
 from server.gateway.tables import TableFile
@@ -56,9 +57,8 @@ def main() -> int:
         config = _read_config(arguments.config)
         seat = _seat(arguments)
         listening, inside = _listen(config.gateway, arguments.listen_fd, seat)
-        app = create_app(
-            config, TableFile(arguments.table), partial(router_from_bundle, config), seat
-        )
+        source = settling(partial(router_from_bundle, config))
+        app = create_app(config, TableFile(arguments.table), source, seat)
     except IntrovertError as error:
         logger.error("%s", error)
         _tell({"error": str(error)})
@@ -83,6 +83,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
+        settle()
         if self.started:
             self.listens.set()
 
