@@ -26,7 +26,7 @@ from router.embedder import Embedder, SentenceEmbedder
 from router.errors import ExportError, RouterFormatError
 from router.guess import Guess
 from router.onnx_embedder import OnnxEmbedder
-from router.quantization import levels_here
+from router.quantization import ROUNDING, levels_here
 from router.serving_embedder import require_digest, serving_embedder
 from router.storage import (
     ENCODER_FILE,
@@ -221,6 +221,7 @@ class Router:
             doubted=float(doubted.mean()),
             lead=limit,
             levels=levels_here(),
+            rounding=ROUNDING,
         )
         logger.info(
             "in 8 bits the embedder routes %.2f%% of %d texts alike, %.2f%% are computed again",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
+ROUNDING = 1
+"""Number of this way to round: what one did to routes says nothing of another."""
 LEVELS = 127
 """Of a weight, above nought and below."""
 SAFE_LEVELS = 63

@@ -3,7 +3,7 @@
 An export is kept in the user's cache under the digest of the embedder that it was made of, and was
 compared with it before it got that name; so whoever finds it there needs neither torch nor the
 model. Several processes that start at once make it once. Beside the graph of 32 bits there is one
-that computes in 8, for routers that were measured to route nearly all texts alike with it.
+that computes in 8, for routers that know which of its decisions are too close.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from router.embedder import Embedder, SentenceEmbedder, load_embedder
 from router.errors import EmbedderMismatchError, ExportError
 from router.onnx_embedder import OnnxEmbedder
 from router.onnx_export import GRAPH_FILE, QUANTIZED_FILE, TOKENIZER_FILE, export_embedder
-from router.quantization import SAMPLES, levels_here, quantize
+from router.quantization import ROUNDING, SAMPLES, levels_here, quantize
 
 Vectors = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 4
 META_FILE = "export.json"
 LEAST_COSINE = 0.9995
 """Of an exported and the original vector; both compute in 32 bits."""
@@ -81,7 +81,7 @@ def serving_embedder(
     """
     if config.runtime == "torch" or (config.runtime == "auto" and device == "cuda"):
         return _original(name, digest, config, device, threads)
-    kind = f"{FORMAT}-{levels_here()}-{version('onnxruntime')}"
+    kind = f"{FORMAT}-{ROUNDING}-{levels_here()}-{version('onnxruntime')}"
     directory = exports_directory() / f"{digest[:32]}-{kind}"
     try:
         if not directory.is_dir():

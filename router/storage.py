@@ -22,7 +22,7 @@ from configs.schema import RouterConfig
 from router.calibration import Calibration
 from router.cascade import StudentRecord
 from router.errors import RouterFormatError
-from router.quantization import levels_here
+from router.quantization import ROUNDING, levels_here
 
 FORMAT = 1
 RECORD_FILE = "router.json"
@@ -54,6 +54,8 @@ class Quantized(BaseModel):
     threshold of abstention."""
     levels: int = 0
     """Of a weight in 8 bits; what another processor rounds otherwise was not measured."""
+    rounding: int = 0
+    """Number of the way in which was rounded."""
 
 
 class RouterRecord(BaseModel):
@@ -91,7 +93,7 @@ class RouterRecord(BaseModel):
             and found is not None
             and found.agreement >= least
             and found.doubted <= MOST_DOUBTED
-            and found.levels == levels_here()
+            and (found.rounding, found.levels) == (ROUNDING, levels_here())
         )
 
     @property
