@@ -20,6 +20,7 @@ UNFITTED: Floats = np.array([1, 0, 0, 0, 0, 0], dtype=np.float32)
 RIDGE = 1.0
 ROUNDS = 25
 LARGEST = 30.0
+SMALLEST = np.float32(np.exp(-LARGEST))
 
 
 def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: Indices) -> Floats:
@@ -35,7 +36,7 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
     margin_N = first_N - best_NT[:, 1] if best_NT.shape[1] > 1 else np.full_like(first_N, LARGEST)
     # The log odds of the best against all others together.
     total_N = np.exp(logits_NK - first_N[:, None]).sum(axis=1)
-    odds_N = -np.log(np.maximum(total_N - 1, np.exp(-LARGEST)))
+    odds_N = -np.log(np.maximum(total_N - 1, SMALLEST))
     margin_N = np.minimum(margin_N, LARGEST)
     measures = np.empty((len(first_N), MEASURES), dtype=np.float32)
     measures[:, 0] = margin_N

@@ -37,9 +37,9 @@ _WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|[^\w\s]")
 
 _BOUNDARY = 0x5BD1E995
 _PIECE_SEED = 0x2545F491
-_PAIR = np.uint32(0x9E3779B1)
-_SKIP = np.uint32(0x85EBCA77)
-_OTHER = np.uint32(0xC2B2AE3D)
+_PAIR, _SKIP = np.uint32(0x9E3779B1), np.uint32(0x85EBCA77)
+_PAIRED, _SKIPPED = _PAIR ^ np.uint32(0xC2B2AE3D), _SKIP ^ np.uint32(0xC2B2AE3D)
+_FIFTEEN, _SIXTEEN = np.uint32(15), np.uint32(16)
 
 Hashes = npt.NDArray[np.uint32]
 Indices = npt.NDArray[np.int64]
@@ -91,23 +91,17 @@ def features_of(words: Sequence[Sequence[str]]) -> Features:
         hashes.append(_BOUNDARY)
     counts = np.array([len(text) for text in words], dtype=np.int64)
     single = np.array(hashes, dtype=np.uint32)
-    owner = np.repeat(np.arange(len(counts)), counts + 2)
+    # One multiplication of each side and shifts: order counts, and no low bits are lost.
+    other = single ^ (single >> _FIFTEEN)
+    pair = single[:-1] * _PAIR + other[1:] * _PAIRED
+    skip = single[:-2] * _SKIP + other[2:] * _SKIPPED
     if len(counts) == 1:
-        pair, skip = _mixed(single[:-1], single[1:], _PAIR), _mixed(single[:-2], single[2:], _SKIP)
         owners = np.zeros(len(single) + len(pair) + len(skip), dtype=np.int64)
     else:
+        owner = np.repeat(np.arange(len(counts)), counts + 2)
         near, far = owner[:-1] == owner[1:], owner[:-2] == owner[2:]
-        pair = _mixed(single[:-1], single[1:], _PAIR)[near]
-        skip = _mixed(single[:-2], single[2:], _SKIP)[far]
+        pair, skip = pair[near], skip[far]
         owners = np.concatenate([owner, owner[:-1][near], owner[:-2][far]])
-    return Features(
-        hashes=np.concatenate([single, pair, skip]), owner=owners, words=np.maximum(counts, 1)
-    )
-
-
-def _mixed(first: Hashes, second: Hashes, factor: np.uint32) -> Hashes:
-    # One multiplication of each side and shifts: order counts, and no low bits are lost.
-    other: Hashes = (second ^ (second >> np.uint32(15))) * (factor ^ _OTHER)
-    mixed: Hashes = first * factor + other
-    folded: Hashes = mixed ^ (mixed >> np.uint32(16))
-    return folded
+    mixed = np.concatenate([pair, skip])
+    found = np.concatenate([single, mixed ^ (mixed >> _SIXTEEN)])
+    return Features(hashes=found, owner=owners, words=np.maximum(counts, 1))

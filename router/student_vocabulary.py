@@ -93,8 +93,8 @@ class Vocabulary:
 
     def rows(self, hashes: Hashes) -> tuple[Indices, npt.NDArray[np.bool_]]:
         """Rows of features, and which of these are known; the row of another means nothing."""
-        rows = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        return rows, self.hashes[rows] == hashes
+        rows = self.hashes.searchsorted(hashes)
+        return rows, self.hashes.take(rows, mode="clip") == hashes
 
     def folded(self, layers: Layers) -> tuple[Vocabulary, Layers]:
         """Itself and the layers as they serve: the pieces added to the words they make up, and the
@@ -118,9 +118,9 @@ class Vocabulary:
         rows, known = self.rows(features.hashes)
         texts = len(words)
         if texts == 1:
-            total = len(rows)
-            sums = table_VE[rows[known]].sum(axis=0)[None]
-            unknown = np.array([1 - np.count_nonzero(known) / total], dtype=np.float32)
+            found = rows[known]
+            sums = table_VE.take(found, axis=0).sum(axis=0, keepdims=True)
+            unknown = np.array([1 - len(found) / len(rows)], dtype=np.float32)
         else:
             sums = np.zeros((texts, table_VE.shape[1]), dtype=np.float32)
             owner = features.owner[known]
@@ -144,7 +144,7 @@ class Vocabulary:
         # The first features are the words in order, and the ends of each text around its own.
         start = 0
         for number, text in enumerate(words):
-            for place in np.flatnonzero(~known[start + 1 : start + 1 + len(text)]).tolist():
+            for place in (~known[start + 1 : start + 1 + len(text)]).nonzero()[0].tolist():
                 pieces = np.array(piece_hashes(text[place]), dtype=np.uint32)
                 if len(pieces):
                     rows, seen = self.rows(pieces)
