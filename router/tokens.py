@@ -19,8 +19,9 @@ Ids = Sequence[Sequence[int]]
 FUSED = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-BATCH_TEXTS = 8
-"""Texts computed at once: on one core more gain nothing, and each is padded to the longest."""
+BATCH_TOKENS = 64
+"""Computed at once: that spares a core a tenth of its time for short texts, a third in 32 bits.
+Many more leave its caches, and each text is padded to the longest."""
 
 SLOWER = ["SkipLayerNormFusion"]
 """Of what ONNX Runtime does to a graph. That operator takes 21 microseconds for 11 tokens of 384
@@ -63,8 +64,12 @@ def in_batches(
     """What `run` makes of texts, some of like length at a time: shape (texts, width), in their
     order."""
     found = np.empty((len(ids), width), dtype=np.float32)
-    order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-    for start in range(0, len(order), BATCH_TEXTS):
-        places = order[start : start + BATCH_TEXTS]
-        found[places] = run([ids[place] for place in places])
+    together: list[int] = []
+    for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):
+        if together and len(ids[place]) * (len(together) + 1) > BATCH_TOKENS:
+            found[together] = run([ids[each] for each in together])
+            together = []
+        together.append(place)
+    if together:
+        found[together] = run([ids[each] for each in together])
     return found
