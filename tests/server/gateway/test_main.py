@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
+import uvicorn
 
+from server.gateway import __main__ as main
 from server.table import write_table
 from tests.server.gateway.conftest import (
     SPORT,
@@ -174,6 +177,18 @@ async def test_an_address_of_another_machine_is_told(tmp_path: Path) -> None:
         code, _ = await gateway.ended()
     assert code == 2
     assert "gateway.host" in gateway.fact["error"]
+
+
+async def test_it_settles_once_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    async def start(*_: object) -> None:
+        done.append("started")
+
+    monkeypatch.setattr(uvicorn.Server, "startup", start)
+    monkeypatch.setattr(main, "settle", lambda: done.append("settled"))
+    await main.Server(uvicorn.Config(app="none"), url="").startup()
+    assert done == ["started", "settled"]
 
 
 def test_importing_it_brings_in_no_framework() -> None:
