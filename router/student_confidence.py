@@ -50,6 +50,7 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
 def confidence_of(measures: Floats, coefficients: Floats) -> Floats:
     """Chance that each guess is right, shape (N,)."""
     sums = measures @ coefficients[:-1] + coefficients[-1]
+    # `np.clip` takes several times as long for so few numbers.
     chances: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(sums, -LARGEST), LARGEST)))
     return chances
 

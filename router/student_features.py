@@ -38,7 +38,8 @@ _WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|[^\w\s]")
 _BOUNDARY = 0x5BD1E995
 _PIECE_SEED = 0x2545F491
 _PAIR, _SKIP = np.uint32(0x9E3779B1), np.uint32(0x85EBCA77)
-_PAIRED, _SKIPPED = _PAIR ^ np.uint32(0xC2B2AE3D), _SKIP ^ np.uint32(0xC2B2AE3D)
+_OTHER = np.uint32(0xC2B2AE3D)
+_PAIRED, _SKIPPED = _PAIR ^ _OTHER, _SKIP ^ _OTHER
 _FIFTEEN, _SIXTEEN = np.uint32(15), np.uint32(16)
 
 Hashes = npt.NDArray[np.uint32]

@@ -64,12 +64,11 @@ def in_batches(
     """What `run` makes of texts, some of like length at a time: shape (texts, width), in their
     order."""
     found = np.empty((len(ids), width), dtype=np.float32)
-    together: list[int] = []
+    batches: list[list[int]] = []
     for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):
-        if together and len(ids[place]) * (len(together) + 1) > BATCH_TOKENS:
-            found[together] = run([ids[each] for each in together])
-            together = []
-        together.append(place)
-    if together:
-        found[together] = run([ids[each] for each in together])
+        if not batches or len(ids[place]) * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(place)
+    for places in batches:
+        found[places] = run([ids[place] for place in places])
     return found

@@ -60,19 +60,21 @@ def off(graph: ModelProto, made: ModelProto, given: Arrays) -> float:
     width=st.integers(16, 600),
     outward=st.integers(1, 70),
     loud=st.integers(0, 3),
+    by_token=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_product_is_nearly_the_same_even_with_loud_channels(
-    width: int, outward: int, loud: int, seed: int
+    width: int, outward: int, loud: int, seed: int, *, by_token: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     graph = product(width, outward, rng)
     seen = [inputs(width, rng, loud=loud) for _ in range(3)]
-    made = quantize(graph, seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.quantization.SPREAD", 0 if by_token else np.inf)
+        made = quantize(graph, seen)
+    scaled, unscaled = (["Abs", "ReduceMax", "Max", "Div"], ["Mul"]) if by_token else ([], [])
     static = ["QuantizeLinear", "MatMulIntegerToFloat"]
-    rest = kinds(made)[bool(loud) :]
-    assert kinds(made)[: bool(loud)] == ["Mul"] * bool(loud)
-    assert rest in (static, ["Abs", "ReduceMax", "Max", "Div", *static, "Mul"])
+    assert kinds(made) == ["Mul"] * bool(loud) + scaled + static + unscaled
     assert off(graph, made, seen[0]) < 0.03
     assert made.ByteSize() < graph.ByteSize() or outward * width < 4000
 
