@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.gateway.batching import Batcher, QueueFullError
+from server.gateway.batching import QUIET_TURNS, Batcher, QueueFullError
 
 
 @pytest.fixture
@@ -124,3 +125,61 @@ async def test_a_queue_that_is_full_refuses_at_once(
         await batcher([3])
     doubling.gate.set()
     assert await asyncio.gather(first, waiting) == [[2], [4]]
+
+
+async def test_several_calls_wait_for_company_as_long_as_any_comes(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
+    batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
+    calls = [asyncio.create_task(batcher([n])) for n in range(2)]
+    for number in range(2, 8):
+        for _ in range(QUIET_TURNS // 2):
+            await asyncio.sleep(0)
+        calls.append(asyncio.create_task(batcher([number])))
+    assert await asyncio.gather(*calls) == [[2 * n] for n in range(8)]
+    assert doubling.batches == [list(range(8))]
+    full = Batcher(doubling, executor, limit=3, most_waiting=64)
+    calls = [asyncio.create_task(full([n])) for n in range(4)]
+    await asyncio.gather(*calls)
+    assert doubling.batches[1:] == [[0, 1, 2], [3]], "a whole batch waits for nobody"
+
+
+async def test_a_lone_call_waits_for_nobody(
+    executor: ThreadPoolExecutor, doubling: Doubling
+) -> None:
+    batcher = Batcher(doubling, executor, limit=32, most_waiting=64)
+    doubling.gate.clear()
+    call = asyncio.create_task(batcher([1]))
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert doubling.begun.wait(60), "handed to the thread by now"
+    doubling.gate.set()
+    assert await call == [2]
+
+
+async def test_what_is_quick_is_computed_on_the_loop_between_other_work(
+    doubling: Doubling,
+) -> None:
+    threads, order = [], []
+
+    def compute(numbers: Sequence[int]) -> list[int]:
+        threads.append(threading.get_ident())
+        order.append(len(numbers))
+        return doubling(numbers)
+
+    batcher = Batcher(compute, None, limit=4)
+    calls = [asyncio.create_task(batcher([n])) for n in range(10)]
+
+    async def others() -> None:
+        while not all(call.done() for call in calls):
+            order.append(0)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(others(), *calls)
+    assert [call.result() for call in calls] == [[2 * n] for n in range(10)]
+    assert doubling.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert set(threads) == {threading.get_ident()}
+    batches = [place for place, size in enumerate(order) if size]
+    assert all(0 in order[a:b] for a, b in itertools.pairwise(batches))
+    with pytest.raises(ValueError, match="negative"):
+        await batcher([-1])
