@@ -1,4 +1,4 @@
-"""Micro-batching: calls that wait at the same moment are computed together.
+"""Micro-batching: calls that wait at the same moment are computed together, off the event loop.
 
 While a batch is computed the next one gathers. A lone call goes at once; several wait for company
 as long as the event loop brings any. Knows nothing of what is computed.
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 QUIET_TURNS = 10
-"""Turns of the event loop without a new call after which several calls are computed in a thread.
+"""Turns of the event loop without a new call after which several calls are computed.
 Each change from the loop to the thread and back empties the processor's caches for both, which on
 a full core costs more than a batch gains by leaving early; turns without work take microseconds."""
 
@@ -30,20 +30,18 @@ class Batcher(Generic[Item, Result]):
 
     Args:
         compute: gives one result per item, in order; runs in `executor`.
-        executor: one thread, so that at most one batch is computed at a time; none: the event loop
-            itself, for what is over in a fraction of a millisecond. Other work has its turn between
-            batches.
+        executor: one thread, so that at most one batch is computed at a time.
         limit: items of a batch, at the most; one call's items are never split.
         most_waiting: calls that may wait for a batch of theirs; more are refused at once, since
-            they would only be late. None: all may.
+            they would only be late.
     """
 
     def __init__(
         self,
         compute: Callable[[Sequence[Item]], Sequence[Result]],
-        executor: Executor | None,
+        executor: Executor,
         limit: int,
-        most_waiting: int | None = None,
+        most_waiting: int,
     ) -> None:
         self._compute = compute
         self._executor = executor
@@ -58,7 +56,7 @@ class Batcher(Generic[Item, Result]):
         Raises:
             QueueFullError: `most_waiting` calls wait already.
         """
-        if self._most_waiting is not None and len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) >= self._most_waiting:
             raise QueueFullError
         future: asyncio.Future[Sequence[Result]] = asyncio.get_running_loop().create_future()
         self._waiting.append((items, future))
@@ -67,6 +65,7 @@ class Batcher(Generic[Item, Result]):
         return await future
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 await self._gather()
@@ -74,7 +73,7 @@ class Batcher(Generic[Item, Result]):
                     return
                 items = [item for call, _ in batch for item in call]
                 try:
-                    results = await self._computed(items)
+                    results = await loop.run_in_executor(self._executor, self._compute, items)
                 except Exception as error:  # noqa: BLE001 - it belongs to the callers
                     for _, future in batch:
                         if not future.done():
@@ -85,25 +84,16 @@ class Batcher(Generic[Item, Result]):
                     if not future.done():  # a caller that was cancelled wants nothing any more
                         future.set_result(results[at : at + len(call)])
                     at += len(call)
-                if self._executor is None:
-                    await asyncio.sleep(0)
         finally:
             self._running = None
 
-    async def _computed(self, items: Sequence[Item]) -> Sequence[Result]:
-        if self._executor is None:
-            return self._compute(items)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._compute, items)
-
     async def _gather(self) -> None:
-        """Give the event loop turns as long as each brings another call, up to a whole batch;
-        where several wait for the thread, as long as any of ten does."""
+        """Give the event loop turns as long as they bring more calls, up to a whole batch."""
         known = quiet = 0
         while self._waiting and len(self._waiting) < self._limit:
             quiet = quiet + 1 if len(self._waiting) == known else 0
             known = len(self._waiting)
-            if quiet >= (QUIET_TURNS if known > 1 and self._executor is not None else 1):
+            if quiet >= (QUIET_TURNS if known > 1 else 1):
                 return
             await asyncio.sleep(0)
 

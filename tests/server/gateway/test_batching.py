@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,31 +154,3 @@ async def test_a_lone_call_waits_for_nobody(
     assert doubling.begun.wait(60), "handed to the thread by now"
     doubling.gate.set()
     assert await call == [2]
-
-
-async def test_what_is_quick_is_computed_on_the_loop_between_other_work(
-    doubling: Doubling,
-) -> None:
-    threads, order = [], []
-
-    def compute(numbers: Sequence[int]) -> list[int]:
-        threads.append(threading.get_ident())
-        order.append(len(numbers))
-        return doubling(numbers)
-
-    batcher = Batcher(compute, None, limit=4)
-    calls = [asyncio.create_task(batcher([n])) for n in range(10)]
-
-    async def others() -> None:
-        while not all(call.done() for call in calls):
-            order.append(0)
-            await asyncio.sleep(0)
-
-    await asyncio.gather(others(), *calls)
-    assert [call.result() for call in calls] == [[2 * n] for n in range(10)]
-    assert doubling.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert set(threads) == {threading.get_ident()}
-    batches = [place for place, size in enumerate(order) if size]
-    assert all(0 in order[a:b] for a, b in itertools.pairwise(batches))
-    with pytest.raises(ValueError, match="negative"):
-        await batcher([-1])
