@@ -16,9 +16,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 QUIET_TURNS = 10
-"""Turns of the event loop without a new call after which several calls are computed.
-Each change from the loop to the thread and back empties the processor's caches for both, which on
-a full core costs more than a batch gains by leaving early; turns without work take microseconds."""
+"""Turns of the event loop without a new call after which several calls are computed; a lone one is
+after one. Each change from the loop to the thread and back empties the processor's caches for both,
+which on a full core costs more than a batch gains by leaving early; turns without work take
+microseconds."""
 
 
 class QueueFullError(Exception):
