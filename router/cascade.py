@@ -106,19 +106,21 @@ class Cascade:
         self._characters = max_tokens * CHARACTERS_PER_TOKEN
         self._unsure: dict[str, Guess] = {}
 
-    def sure_guess(self, text: str) -> Guess | None:
-        """The first student's guess, if it can be taken for the answer."""
-        limits = self._limits(text)
-        if limits.confidence is None:
-            return None
-        seen = text[: self._characters]
-        guess = self.student.guess(seen)
-        if limits.allows(guess.confidence, guess.score):
-            return guess
-        if len(self._unsure) >= REMEMBERED:
-            self._unsure.clear()
-        self._unsure[seen] = guess  # as a rule `guesses` is asked next, by another thread
-        return None
+    def quick_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
+        """The first student's guess for each text, if it can be taken for the answer."""
+        found: list[Guess | None] = [None] * len(texts)
+        limits = [self._limits(text) for text in texts]
+        asked = [place for place, of in enumerate(limits) if of.confidence is not None]
+        seen = [texts[place][: self._characters] for place in asked]
+        for place, text, guess in zip(asked, seen, self.student.guess_many(seen), strict=True):
+            if limits[place].allows(guess.confidence, guess.score):
+                found[place] = guess
+                continue
+            if len(self._unsure) >= REMEMBERED:
+                self._unsure.clear()
+            # As a rule `guesses` is asked next, by another thread.
+            self._unsure[text] = guess
+        return found
 
     def sure_guesses(self, texts: Sequence[str]) -> list[Guess | None]:
         """A guess for each text, at once: the first that is sure; none where nobody is."""
@@ -141,8 +143,8 @@ class Cascade:
         return found
 
     def _first_guesses(self, texts: Sequence[str]) -> list[Guess]:
-        """The first student's, whatever they are worth; what `sure_guess` has just guessed is not
-        guessed again."""
+        """The first student's, whatever they are worth; what `quick_guesses` has just made is not
+        made again."""
         seen = [text[: self._characters] for text in texts]
         known = [self._unsure.pop(text, None) for text in seen]
         new = [text for text, guess in zip(seen, known, strict=True) if guess is None]

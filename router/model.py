@@ -323,30 +323,23 @@ class Router:
         return [self._decide(*row) for row in zip(scores, clusters, strict=True)]
 
     def quick_route(self, messages: Sequence[Message]) -> Route | None:
-        """Where a conversation goes, if the student is sure of it; takes a fraction of a
-        millisecond.
+        """`quick_routes` of one conversation."""
+        return self.quick_routes([messages])[0]
+
+    def quick_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route | None]:
+        """Where each conversation goes, if the student is sure of it; takes a fraction of a
+        millisecond, and less of each where there are many.
 
         The rules are those of `embedder_routes`, on what the student takes for the cosines. None
         where it is not sure of the text, of the first user turn, or of which of the two wins.
 
         Raises:
-            UnroutableError: the conversation has no text.
+            UnroutableError: a conversation has no text.
         """
-        cascade, config = self._cascade, self._record.config
+        cascade = self._cascade
         if cascade is None:
-            return None
-        text = routing_text(messages, config.route_on)
-        now = cascade.sure_guess(text)
-        if now is None:
-            return None
-        opening = opening_text(messages) if config.sticky else text
-        home = now if opening == text else cascade.sure_guess(opening)
-        if home is None:
-            return None
-        if home.cluster == now.cluster:
-            return self._believe(now)
-        leads = cascade.leads(now, home.cluster, config.sticky_margin)
-        return None if leads is None else self._believe(now if leads else home)
+            return [None] * len(conversations)
+        return self._guessed_routes(conversations, cascade, cascade.quick_guesses)
 
     def route_conversations(
         self, conversations: Sequence[Sequence[Message]], *, sure_only: bool = True
@@ -364,7 +357,11 @@ class Router:
         Raises:
             UnroutableError: a conversation has no text.
         """
-        routes = self._quick_routes(conversations, sure_only=sure_only)
+        cascade = self._cascade
+        routes: list[Route | None] = [None] * len(conversations)
+        if cascade is not None:
+            guesses = partial(cascade.guesses, sure_only=sure_only)
+            routes = self._guessed_routes(conversations, cascade, guesses, in_doubt=not sure_only)
         rest = iter(
             self.embedder_routes(
                 [c for c, route in zip(conversations, routes, strict=True) if route is None]
@@ -372,19 +369,26 @@ class Router:
         )
         return [next(rest) if route is None else route for route in routes]
 
-    def _quick_routes(
-        self, conversations: Sequence[Sequence[Message]], *, sure_only: bool
+    def _guessed_routes(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        cascade: Cascade,
+        guesses_of: Callable[[Sequence[str]], Sequence[Guess | None]],
+        *,
+        in_doubt: bool = False,
     ) -> list[Route | None]:
-        """`quick_route` of each, with one look of the student at all texts."""
-        cascade, config = self._cascade, self._record.config
-        if cascade is None:
-            return [None] * len(conversations)
-        texts = [routing_text(messages, config.route_on) for messages in conversations]
-        openings = (
-            [opening_text(messages) for messages in conversations] if config.sticky else texts
-        )
+        """Where each conversation goes, as far as guesses tell, with one look at all texts.
+
+        Args:
+            conversations: of each, its messages.
+            cascade: whose guesses they are.
+            guesses_of: of distinct texts.
+            in_doubt: where estimates are too close to tell, a conversation stays where it began.
+        """
+        config = self._record.config
+        texts, openings = self._asked(conversations)
         unique = list(dict.fromkeys([*texts, *openings]))
-        guesses = dict(zip(unique, cascade.guesses(unique, sure_only=sure_only), strict=True))
+        guesses = dict(zip(unique, guesses_of(unique), strict=True))
         found: list[Route | None] = []
         for text, opening in zip(texts, openings, strict=True):
             now, home = guesses[text], guesses[opening]
@@ -394,10 +398,16 @@ class Router:
                 found.append(self._believe(now))
             else:
                 leads = cascade.leads(now, home.cluster, config.sticky_margin)
-                if leads is None and not sure_only:
-                    leads = False  # in doubt a conversation stays where it began
+                if leads is None and in_doubt:
+                    leads = False
                 found.append(None if leads is None else self._believe(now if leads else home))
         return found
+
+    def _asked(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[str], list[str]]:
+        """Of each conversation the text that is routed on and the one that it began with."""
+        config = self._record.config
+        texts = [routing_text(messages, config.route_on) for messages in conversations]
+        return texts, [opening_text(m) for m in conversations] if config.sticky else texts
 
     def embedder_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         """Where each conversation goes, by the full embedder.
@@ -410,11 +420,7 @@ class Router:
         Raises:
             UnroutableError: a conversation has no text.
         """
-        config = self._record.config
-        texts = [routing_text(messages, config.route_on) for messages in conversations]
-        openings = (
-            [opening_text(messages) for messages in conversations] if config.sticky else texts
-        )
+        texts, openings = self._asked(conversations)
         unique = list(dict.fromkeys([*texts, *openings]))
         embeddings, routes = self._embedded(unique)
         place = {text: index for index, text in enumerate(unique)}

@@ -1,7 +1,9 @@
-"""Micro-batching: calls that wait at the same moment are computed together, off the event loop.
+"""Micro-batching: calls that wait at the same moment are computed together.
 
-While a batch is computed the next one gathers. A lone call goes at once; several wait for company
-as long as the event loop brings any. Knows nothing of what is computed.
+What takes long is computed off the event loop: while a batch is, the next one gathers. A lone call
+goes at once; several wait for company as long as the event loop brings any. What takes no time to
+speak of is computed on the loop, for the calls of one turn together.
+Knows nothing of what is computed.
 """
 
 from __future__ import annotations
@@ -24,6 +26,63 @@ microseconds."""
 
 class QueueFullError(Exception):
     """More calls wait already than may."""
+
+
+Calls = Sequence[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]]
+"""What each call asks and where it waits for it."""
+
+
+class TurnBatcher(Generic[Item, Result]):
+    """Computes on the event loop, together, what the calls of one turn of it ask.
+
+    Many tasks that each compute a little between other things empty the processor's caches for each
+    other.
+
+    Args:
+        compute: gives one result per item, in order, in a fraction of a millisecond.
+        limit: items after which nobody waits for the end of the turn.
+    """
+
+    def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result]], limit: int) -> None:
+        self._compute = compute
+        self._limit = limit
+        self._waiting: list[tuple[Sequence[Item], asyncio.Future[Sequence[Result]]]] = []
+        self._items = 0
+
+    async def __call__(self, items: Sequence[Item]) -> list[Result]:
+        """Results of these items; others have their turn between `limit` of them and the next.
+
+        An error of the batch is raised by every call in it.
+        """
+        results: list[Result] = []
+        for start in range(0, len(items), self._limit):
+            if start:
+                await asyncio.sleep(0)
+            results += await self._asked(items[start : start + self._limit])
+        return results
+
+    def _asked(self, items: Sequence[Item]) -> asyncio.Future[Sequence[Result]]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[Result]] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._run)
+        self._waiting.append((items, future))
+        self._items += len(items)
+        if self._items >= self._limit:
+            self._run()
+        return future
+
+    def _run(self) -> None:
+        """Compute what waits; nothing, where a full batch was ahead of the end of the turn."""
+        batch = [(items, future) for items, future in self._waiting if not future.cancelled()]
+        self._waiting, self._items = [], 0
+        if batch:
+            try:
+                results = self._compute([item for items, _ in batch for item in items])
+            except Exception as error:  # noqa: BLE001 - it belongs to the callers
+                _fail(batch, error)
+            else:
+                _hand_out(batch, results)
 
 
 class Batcher(Generic[Item, Result]):
@@ -76,15 +135,9 @@ class Batcher(Generic[Item, Result]):
                 try:
                     results = await loop.run_in_executor(self._executor, self._compute, items)
                 except Exception as error:  # noqa: BLE001 - it belongs to the callers
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
-                    continue
-                at = 0
-                for call, future in batch:
-                    if not future.done():  # a caller that was cancelled wants nothing any more
-                        future.set_result(results[at : at + len(call)])
-                    at += len(call)
+                    _fail(batch, error)
+                else:
+                    _hand_out(batch, results)
         finally:
             self._running = None
 
@@ -108,3 +161,17 @@ class Batcher(Generic[Item, Result]):
                 batch.append((call, future))
                 size += len(call)
         return batch
+
+
+def _fail(batch: Calls[Item, Result], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _hand_out(batch: Calls[Item, Result], results: Sequence[Result]) -> None:
+    at = 0
+    for items, future in batch:
+        if not future.done():  # a caller that was cancelled wants nothing any more
+            future.set_result(results[at : at + len(items)])
+        at += len(items)

@@ -1,9 +1,9 @@
 """Routing by meaning inside the gateway: the routers of the bundles that the table names.
 
 The ids of experts mean something within one bundle only, so a router is used for the bundle that
-it is part of and for no other. A text that the router's student is sure of is routed on the event
-loop at once; the others are taken in batches in a thread of their own, by a second student and, at
-the last, by the embedder.
+it is part of and for no other. Texts that the router's student is sure of are routed on the event
+loop, those of one turn together; the others are taken in batches in a thread of their own, by a
+second student and, at the last, by the embedder.
 This module knows nothing of workers, of HTTP, or of how a router decides.
 """
 
@@ -23,7 +23,7 @@ from router.conversation import Endpoint as RequestKind
 from router.errors import UnroutableError
 from router.types import Route
 from server.gateway.answers import RouterState, RouterStatus
-from server.gateway.batching import Batcher, QueueFullError
+from server.gateway.batching import Batcher, QueueFullError, TurnBatcher
 from server.gateway.errors import RouterNotReadyError, UnavailableError, UnroutableTextError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ BATCH_REQUESTS = 32
 WAITING_REQUESTS = 512
 """Requests that may wait for the embedder: about a second's work of one core."""
 
-QUICK_ROUTES = 8
-"""Texts of one request that the student takes before others have their turn on the event loop."""
+QUICK_REQUESTS = 16
+"""Conversations that the student takes at a time, before others have their turn on the event loop:
+half a millisecond's work."""
 
 RETRY_FIRST_S, RETRY_MOST_S = 10.0, 300.0
 """Between two attempts to load a router, doubled after each: what lies behind a URL comes back."""
@@ -48,8 +49,8 @@ class TextRouter(Protocol):
         """Score below which the router abstains."""
         ...
 
-    def quick_route(self, messages: Sequence[Message]) -> Route | None:
-        """Where a conversation goes, if that can be told in a fraction of a millisecond."""
+    def quick_routes(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Route | None]:
+        """Where each conversation goes, if that can be told in a fraction of a millisecond."""
         ...
 
     def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
@@ -106,6 +107,7 @@ class BundleRouting:
         self.bundle = bundle
         self.place = place
         self.router: TextRouter | None = None
+        self._guessing: TurnBatcher[Sequence[Message], Route | None] | None = None
         self._embedding: Batcher[Sequence[Message], Route] | None = None
         self._state: RouterState = "loading"
         self._detail = "the router is being loaded"
@@ -160,6 +162,7 @@ class BundleRouting:
             logger.error("%s", self._detail)
             return
         self.router = loaded.router
+        self._guessing = TurnBatcher(loaded.router.quick_routes, QUICK_REQUESTS)
         self._embedding = Batcher(
             loaded.router.route_conversations, embedding, BATCH_REQUESTS, WAITING_REQUESTS
         )
@@ -172,14 +175,10 @@ class BundleRouting:
         Raises:
             QueueFullError: too many wait for the embedder.
         """
-        router, embedding = self.router, self._embedding
-        assert router is not None
+        guessing, embedding = self._guessing, self._embedding
+        assert guessing is not None
         assert embedding is not None
-        routes: list[Route | None] = []
-        for messages in conversations:
-            routes.append(router.quick_route(messages))
-            if len(routes) % QUICK_ROUTES == 0:
-                await asyncio.sleep(0)
+        routes = await guessing(conversations)
         missing = [place for place, route in enumerate(routes) if route is None]
         if missing:
             embedded = await embedding([conversations[place] for place in missing])

@@ -132,7 +132,7 @@ def test_what_was_just_guessed_is_not_guessed_again(monkeypatch: pytest.MonkeyPa
     parrot = Parrot()
     cascade = Cascade(parrot, make_record(), 8)
     texts = ["0.1 0.8 0.2", "0.95 0.8 0.2", "0.2 0.3 0.7"]
-    assert [cascade.sure_guess(text) is None for text in texts] == [True, False, True]
+    assert [guess is None for guess in cascade.quick_guesses(texts)] == [True, False, True]
     assert parrot.asked == texts
     guesses = cascade.guesses(texts, sure_only=False)
     assert parrot.asked == [*texts, texts[1]], "who was sure needed nobody else"
@@ -140,7 +140,7 @@ def test_what_was_just_guessed_is_not_guessed_again(monkeypatch: pytest.MonkeyPa
     cascade.guesses(texts[:1], sure_only=False)
     assert parrot.asked[4:] == texts[:1], "remembered for once"
     for number in range(20):
-        cascade.sure_guess(f"0.1 0.8 0.{number}")
+        cascade.quick_guesses([f"0.1 0.8 0.{number}"])
     assert len(cascade._unsure) <= 3
 
 

@@ -191,8 +191,8 @@ class FakeRouter:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def quick_route(self, messages: Sequence[Message]) -> Route | None:
-        return None
+    def quick_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route | None]:
+        return [None] * len(conversations)
 
     def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))

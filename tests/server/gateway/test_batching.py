@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.gateway.batching import QUIET_TURNS, Batcher, QueueFullError
+from server.gateway.batching import QUIET_TURNS, Batcher, QueueFullError, TurnBatcher
 
 
 @pytest.fixture
@@ -154,3 +154,53 @@ async def test_a_lone_call_waits_for_nobody(
     assert doubling.begun.wait(60), "handed to the thread by now"
     doubling.gate.set()
     assert await call == [2]
+
+
+@pytest.fixture
+def quick(doubling: Doubling) -> TurnBatcher[int, int]:
+    return TurnBatcher(doubling, limit=4)
+
+
+async def test_what_is_quick_is_computed_for_a_turn_together(
+    quick: TurnBatcher[int, int], doubling: Doubling
+) -> None:
+    assert await asyncio.gather(*(quick([n]) for n in range(3))) == [[0], [2], [4]]
+    assert await quick([5]) == [10]
+    assert await asyncio.gather(*(quick([n]) for n in range(6))) == [[2 * n] for n in range(6)]
+    assert doubling.batches == [[0, 1, 2], [5], [0, 1, 2, 3], [4, 5]]
+
+
+async def test_other_work_has_its_turn_between_the_batches_of_one_call(
+    quick: TurnBatcher[int, int], doubling: Doubling
+) -> None:
+    seen = []
+
+    async def others() -> None:
+        while not call.done():
+            seen.append(len(doubling.batches))
+            await asyncio.sleep(0)
+
+    call = asyncio.create_task(quick(range(10)))
+    await asyncio.gather(others(), call)
+    assert call.result() == [2 * n for n in range(10)]
+    assert {1, 2} <= set(seen)
+    assert await quick([]) == []
+
+
+async def test_an_error_of_a_turn_reaches_its_callers_and_nobody_after(
+    quick: TurnBatcher[int, int],
+) -> None:
+    results = await asyncio.gather(quick([1]), quick([-1, 2]), return_exceptions=True)
+    assert [type(result) for result in results] == [ValueError, ValueError]
+    assert await quick([4]) == [8]
+
+
+async def test_a_call_that_is_cancelled_in_its_turn_is_not_computed(
+    quick: TurnBatcher[int, int], doubling: Doubling
+) -> None:
+    calls = [asyncio.create_task(quick([n])) for n in range(2)]
+    asyncio.get_running_loop().call_soon(calls[0].cancel)
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(done[0], asyncio.CancelledError)
+    assert done[1] == [2]
+    assert doubling.batches == [[1]]

@@ -107,10 +107,9 @@ class Fixed:
         self.gate = threading.Event()
         self.gate.set()
 
-    def quick_route(self, messages: Sequence[Message]) -> Route | None:
-        if messages[-1].text == self._unsure:
-            return None
-        return Route(self._expert, 0, 0.9, 0.1, False, (), by="student")
+    def quick_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route | None]:
+        sure = Route(self._expert, 0, 0.9, 0.1, False, (), by="student")
+        return [None if m[-1].text == self._unsure else sure for m in conversations]
 
     def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.begun.set()
@@ -129,8 +128,8 @@ class Gated:
         self.begun = threading.Event()
         self.gate = threading.Event()
 
-    def quick_route(self, messages: Sequence[Message]) -> Route | None:
-        return None
+    def quick_routes(self, conversations: Sequence[Sequence[Message]]) -> list[Route | None]:
+        return [None] * len(conversations)
 
     def route_conversations(self, conversations: Sequence[Sequence[Message]]) -> list[Route]:
         self.batches.append(len(conversations))
