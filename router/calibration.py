@@ -8,6 +8,7 @@ scores come from.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,19 @@ class Sureness(BaseModel):
         return self.confidence is not None and confidence >= self.confidence and score >= self.score
 
 
+class Before(NamedTuple):
+    """Answers that another student has given already, to texts like those that are left."""
+
+    answers: float = 0.0
+    wrong: float = 0.0
+    """Of them, those that were disagreements."""
+    variance: float = 0.0
+    """Of `wrong`: less than it where it was estimated from more texts."""
+
+
+NOTHING_BEFORE = Before()
+
+
 def sure_from(
     confidences: npt.ArrayLike,
     scores: npt.ArrayLike,
@@ -112,7 +126,7 @@ def sure_from(
     *,
     target: float,
     floor: float,
-    before: tuple[int, int] = (0, 0),
+    before: Before = NOTHING_BEFORE,
     deviations: float = 1.0,
 ) -> Sureness:
     """The limits that let the student answer most while its agreement holds the target.
@@ -128,8 +142,7 @@ def sure_from(
         agrees: whether each of its answers is the embedder's, shape (N,).
         target: least agreement.
         floor: no estimate below it is believed: the threshold of abstention.
-        before: answers to other texts that another student has given already, and how many of
-            them were disagreements; the target is that of all answers together.
+        before: answers of another student to other texts; the target is that of all together.
         deviations: S; more where the limits are the best of several that were tried.
     """
     confidence = np.asarray(confidences, dtype=np.float64)
@@ -158,15 +171,15 @@ def _most_answers(
     confidence: npt.NDArray[np.float64],
     right: npt.NDArray[np.bool_],
     target: float,
-    before: tuple[int, int],
+    before: Before,
     deviations: float,
 ) -> tuple[int, float]:
     """How many of the most confident answers hold the target, and the least confident of them."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
-    wrong = before[1] + np.cumsum(~right[order])
-    answers = before[0] + np.arange(1, len(order) + 1)
-    bound = _upper_limit(wrong, deviations) / answers
+    wrong = np.cumsum(~right[order])
+    answers = before.answers + np.arange(1, len(order) + 1)
+    bound = _upper_limit(before.wrong + wrong, deviations, before.variance + wrong) / answers
     # Equal confidences are believed together or not at all.
     last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
     good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))
@@ -192,9 +205,13 @@ def doubted_below(leads: npt.ArrayLike, agrees: npt.ArrayLike, target: float) ->
     return float(wrong[wrong.size - stand - 1]) if stand < wrong.size else 0.0
 
 
-def _upper_limit(wrong: npt.NDArray[np.int64], deviations: float) -> npt.NDArray[np.float64]:
-    """Of disagreements, where so many were seen."""
+def _upper_limit(
+    wrong: npt.ArrayLike, deviations: float, variance: npt.ArrayLike | None = None
+) -> npt.NDArray[np.float64]:
+    """Of disagreements, where so many were seen; their variance is their number by default."""
+    seen = np.asarray(wrong, dtype=np.float64)
+    spread = seen if variance is None else np.asarray(variance, dtype=np.float64)
     limit: npt.NDArray[np.float64] = (
-        wrong + deviations * np.sqrt(wrong + 0.75) + (deviations**2 + 3) / 4
+        seen + deviations * np.sqrt(spread + 0.75) + (deviations**2 + 3) / 4
     )
     return limit

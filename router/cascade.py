@@ -14,10 +14,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from router.calibration import Sureness
-from router.guess import Guess, blended
+from router.guess import Guess, blended, is_short
 
-SHORT_CHARACTERS = 120
-"""Up to here a text is short, as questions are: there is less in it to be sure by."""
 CHARACTERS_PER_TOKEN = 5
 """About as much of a long text as the embedder reads, without cutting it into tokens first."""
 REMEMBERED = 1024
@@ -183,11 +181,6 @@ class Cascade:
     def steps(self) -> tuple[Cascade, ...]:
         """This one and those after it."""
         return (self, *(self.second.steps if self.second else ()))
-
-
-def is_short(text: str) -> bool:
-    """Whether the limits for short texts hold for it."""
-    return len(text) <= SHORT_CHARACTERS
 
 
 def seen_by_student(text: str, max_tokens: int) -> str:

@@ -1,9 +1,12 @@
-"""Teaching a student what the embedder would say, and measuring from when on to believe it.
+"""Teaching students what the embedder would say, and having them measured.
 
-The student learns from documents whose vectors are there already, from short pieces of them, since
-those who ask write a sentence where a corpus has pages, and from queries made up of both; these are
-embedded for it. What it is measured on it has not learnt from. Knows nothing of how a student
-learns.
+They learn from documents whose vectors are there already, from short pieces of them, since those
+who ask write a sentence where a corpus has pages, and from queries made up of both; these are
+embedded for it. What they are measured on they have not learnt from. Where held-out documents are
+few, the student is cross-fitted: for each fold of the training documents another one is taught,
+which has not learnt from it, and what those get right of all folds tells how sure the one may be
+that has learnt from all. Teaching an encoder takes too long for that: it leaves one fold aside.
+Knows nothing of how a student learns.
 """
 
 from __future__ import annotations
@@ -11,17 +14,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.schema import RouterConfig
-from router.calibration import Sureness, sure_from
-from router.cascade import Cascade, Guesser, Measured, StudentRecord, is_short, seen_by_student
+from router.cascade import Cascade, Guesser, StudentRecord, seen_by_student
 from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
-from router.guess import Guess, blended
+from router.guess import blended
+from router.measuring import Exam, Terms, measure, measure_pair
+from router.student import Student
+from router.student_confidence import Seen, fit_confidence
 from router.student_queries import made_up_queries
 from router.types import OnProgress, ignore
 
@@ -29,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 
 LEAST_DOCUMENTS = 1000
 """Below this a student would hardly ever be sure, and an embedder is fast enough for anybody who
@@ -43,22 +47,18 @@ MOST_FOR_ENCODER, MOST_OF_EACH = 24_000, 4
 for each document."""
 MEASURED_DOCUMENTS, MEASURED_PIECES = 4000, 1500
 """To measure on."""
-ENOUGH_MEASURED = 1500
-"""Fewer held-out documents than this are joined by some of the training ones..."""
-MOST_SET_ASIDE = 0.2
-"""... up to this share of them, which the student then does not learn from."""
-TRIED_SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
-"""Of the disagreements that the target leaves, what a first student may have before a second."""
-TRIED_DEVIATIONS = 1.5
-"""Certainty of limits that are the best of several."""
-ENCODER_WORK = 0.3
-"""Of an encoder for a text, as a share of the embedder's."""
+ENOUGH_HELDOUT = 1500
+"""Where held-out documents are fewer than this, the student is cross-fitted."""
+FOLDS = 5
+"""Of the training documents then. The one that an encoder leaves aside is what it is measured on,
+beside the held-out ones."""
 EMBEDDED_AT_ONCE = 1024
 """Short texts between two words on how far it is."""
 CUT_FROM_WORDS = 30
 """A document of fewer words is as short as a question already."""
 SPAN_WORDS = (5, 15)
 LEAST_SENTENCE_WORDS = 3
+PIECES_STAGE, STUDENT_STAGE = "embedding parts of documents", "teaching the student"
 SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
 
 
@@ -80,8 +80,33 @@ class _Sample:
     cosines: Vectors
     """Shape (N, K)."""
 
-    def __add__(self, other: _Sample) -> _Sample:
-        return _Sample(self.texts + other.texts, np.concatenate([self.cosines, other.cosines]))
+    @classmethod
+    def joined(cls, parts: Sequence[_Sample]) -> _Sample:
+        texts = [text for part in parts for text in part.texts]
+        return cls(texts, np.concatenate([part.cosines for part in parts]))
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Some documents and what was made of them, of which nothing is in any other fold."""
+
+    documents: _Sample
+    pieces: _Sample
+    queries: _Sample
+    """Made up; to learn from, not to be measured on."""
+
+    @property
+    def lessons(self) -> _Sample:
+        return _Sample.joined([self.documents, self.pieces, self.queries])
+
+    @property
+    def exam(self) -> Exam:
+        return _exam(self.documents, self.pieces)
+
+
+def _exam(documents: _Sample, pieces: _Sample) -> Exam:
+    asked = _Sample.joined([documents, pieces])
+    return Exam(asked.texts, asked.cosines, np.arange(len(asked.texts)) < len(documents.texts))
 
 
 def distil(
@@ -110,223 +135,141 @@ def distil(
         on_progress: told each stage's name, done and total.
     """
     from router.encoder import Encoder
-    from router.student import Student
 
     if len(train.vectors) < LEAST_DOCUMENTS or len(centroids) < 2:
         return None
-    random = np.random.default_rng(seed)
-    learnt, aside = _split(len(train.vectors), len(heldout.vectors), random)
-    tested = _some(len(heldout.vectors), MEASURED_DOCUMENTS, random)
-
-    def sample(texts: Texts, rows: Indices) -> _Sample:
-        return _Sample(texts.read(rows), texts.vectors[rows] @ centroids.T)
-
-    def cut(documents: list[str], most: int) -> _Sample:
-        pieces = cut_pieces(documents, most, random)
-        return _Sample(pieces, embedded(pieces, "embedding parts of documents"))
-
-    def embedded(queries: list[str], stage: str) -> Vectors:
-        found = [np.zeros((0, len(centroids)), dtype=np.float32)]
-        for start in range(0, len(queries), EMBEDDED_AT_ONCE):
-            on_progress(stage, start, len(queries))
-            some = queries[start : start + EMBEDDED_AT_ONCE]
-            found.append(embedder.encode(some) @ centroids.T)
-        on_progress(stage, len(queries), len(queries))
-        return np.concatenate(found)
-
-    lessons = sample(train, learnt)
     encoding = bool(config.encoder_layers) and can_be_cut(embedder)
-    most = min(MOST_FOR_ENCODER, MOST_OF_EACH * len(learnt)) if encoding else MOST_MADE_UP
-    made_up = made_up_queries(lessons.texts, most, seed=seed)
-    lessons += cut(lessons.texts, MOST_PIECES)
-    lessons += _Sample(made_up, embedded(made_up, "embedding made-up queries"))
-    documents = sample(heldout, tested) + sample(train, aside)
-    pieces = cut(documents.texts, MEASURED_PIECES)
-    on_progress("teaching the student", 0, 1)
-    fresh = Student.fit(
-        [seen_by_student(text, config.max_tokens) for text in lessons.texts],
-        lessons.cosines,
-        seed=seed,
-    )
-    on_progress("teaching the student", 1, 1)
+    sources = _Sources(embedder, centroids, np.random.default_rng(seed), on_progress)
+    folds, others = _folds(train, heldout, sources, seed=seed, for_encoder=encoding)
+    student, exam, seen = _taught(folds, others, config, seed, on_progress)
+    terms = Terms(threshold, config.agreement)
+    right = exam.right(seen.clusters_N, threshold)
+    coefficients = fit_confidence(seen, right, len(centroids))
     # The one that will be loaded, whose numbers have been rounded, is the one to measure.
-    student = Student.restore(fresh.arrays(), fresh.settings())
-    exam = documents + pieces
-    seen = [seen_by_student(text, config.max_tokens) for text in exam.texts]
-    guesses = student.guess_many(seen)
-    terms = Terms(len(documents.texts), threshold, config.agreement)
-    record, answers = measure(exam.texts, guesses, exam.cosines, terms)
+    student = _rounded(student.with_confidence(coefficients))
+    guesses = seen.guesses(coefficients)
+    record, _ = measure(exam, guesses, terms)
 
-    def step(of: Guesser, measured: StudentRecord, second: Cascade | None = None) -> Cascade:
-        told = {"training_texts": len(lessons.texts), "settings": of.settings()}
-        return Cascade(of, measured.model_copy(update=told), config.max_tokens, second)
+    def step(of: Guesser, told: StudentRecord, learnt: int, then: Cascade | None = None) -> Cascade:
+        more = {"training_texts": learnt, "settings": of.settings()}
+        return Cascade(of, told.model_copy(update=more), config.max_tokens, then)
 
     _tell("student", record)
-    alone = step(student, record)
+    lessons = sum(len(fold.lessons.texts) for fold in folds)
+    alone = step(student, record, lessons)
     if not encoding:
         return alone
     assert isinstance(embedder, SentenceEmbedder), "it has layers"
+    known = _Sample.joined([fold.lessons for fold in folds[1:] or folds])
     parts = train_encoder(
         embedder,
-        lessons.texts,
-        lessons.cosines,
+        known.texts,
+        known.cosines,
         layers=config.encoder_layers,
         seed=seed,
         threads=1,
         on_progress=on_progress,
     )
     encoder = Encoder(*parts)
-    second = [
-        blended(first, own) for first, own in zip(guesses, encoder.guess_many(seen), strict=True)
-    ]
-    pair = measure_pair(exam.texts, guesses, second, exam.cosines, terms)
-    if pair is None or float(np.mean(~answers.sure)) <= pair.work:
+    # What it has not learnt from stands at the ends: the first of several folds, and the held-out.
+    aside = len(folds[0].exam.texts) if len(folds) > 1 else 0
+    rows = np.arange(len(exam.texts))
+    rows = rows[(rows < aside) | (rows >= len(rows) - len(others.texts))]
+    texts = [seen_by_student(exam.texts[row], config.max_tokens) for row in rows]
+    own = encoder.guess_many(texts)
+    second = [blended(guesses[row], guess) for row, guess in zip(rows, own, strict=True)]
+    pair = measure_pair(exam, guesses, rows, second, terms)
+    if pair is None:
         logger.info("the encoder would spare no work, so there is none")
         return alone
     _tell("student with its encoder", pair.second)
-    return step(student, pair.first, step(encoder, pair.second))
+    return step(student, pair.first, lessons, step(encoder, pair.second, len(known.texts)))
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a student is measured by."""
+class _Sources:
+    """Where texts with cosines come from."""
 
-    documents: int
-    """How many of the held-out texts, which begin with them, are documents."""
-    threshold: float
-    """Cosine below which the router abstains."""
-    target: float
-    """Agreement that is asked for."""
-    deviations: float = 1.0
-    """Standard deviations by which it must be certain."""
+    embedder: Embedder
+    centroids: Vectors
+    random: np.random.Generator
+    on_progress: OnProgress
 
+    def given(self, texts: Texts, rows: Indices) -> _Sample:
+        """Some of them, whose vectors are there."""
+        rows = np.sort(rows)
+        return _Sample(texts.read(rows), texts.vectors[rows] @ self.centroids.T)
 
-@dataclass(frozen=True)
-class Pair:
-    """Two students, one asked where the other is not sure."""
+    def embedded(self, texts: list[str], stage: str) -> _Sample:
+        found = [np.zeros((0, len(self.centroids)), dtype=np.float32)]
+        for start in range(0, len(texts), EMBEDDED_AT_ONCE):
+            self.on_progress(stage, start, len(texts))
+            some = texts[start : start + EMBEDDED_AT_ONCE]
+            found.append(self.embedder.encode(some) @ self.centroids.T)
+        self.on_progress(stage, len(texts), len(texts))
+        return _Sample(texts, np.concatenate(found))
 
-    first: StudentRecord
-    second: StudentRecord
-    work: float
-    """Of the embedder's for the same texts, the share that is left with them."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What was answered of the held-out texts, each of shape (N,)."""
-
-    sure: Flags
-    right: Flags
-    """Whether the answer is the embedder's; means nothing where there is none."""
+    def cut(self, documents: list[str], most: int) -> _Sample:
+        """Pieces of documents."""
+        return self.embedded(cut_pieces(documents, most, self.random), PIECES_STAGE)
 
 
-def measure(
-    texts: list[str],
-    guesses: Sequence[Guess],
-    cosines: Vectors,
-    terms: Terms,
-    before: Answers | None = None,
-) -> tuple[StudentRecord, Answers]:
-    """From when on a student is believed, and what that comes to.
-
-    A text on which the embedder abstains counts as a disagreement, whatever is guessed.
-
-    Args:
-        texts: held out, documents first.
-        guesses: of each.
-        cosines: the embedder's, shape (N, K).
-        terms: what is asked for.
-        before: of the student that is asked first; this one answers what that leaves, and the
-            target is that of both together.
-
-    Returns:
-        The record, and the answers of both.
-    """
-    clusters = np.array([guess.cluster for guess in guesses], dtype=np.int64)
-    confidences = np.array([guess.confidence for guess in guesses], dtype=np.float64)
-    scores = np.array([guess.score for guess in guesses], dtype=np.float64)
-    right = (clusters == cosines.argmax(axis=1)) & (cosines.max(axis=1) >= terms.threshold)
-    brief = np.array([is_short(text) for text in texts], dtype=np.bool_)
-    taken = np.zeros(len(texts), dtype=np.bool_) if before is None else before.sure
-    earlier = right if before is None else before.right
-
-    def limits_of(kind: Flags) -> Sureness:
-        rows, done = kind & ~taken, kind & taken
-        return sure_from(
-            confidences[rows],
-            scores[rows],
-            right[rows],
-            target=terms.target,
-            floor=terms.threshold,
-            deviations=terms.deviations,
-            before=(int(done.sum()), int((~earlier[done]).sum())),
+def _folds(
+    train: Texts, heldout: Texts, sources: _Sources, *, seed: int, for_encoder: bool
+) -> tuple[list[_Fold], Exam]:
+    """What is learnt from, in several folds where held-out documents are few, and an exam of
+    those."""
+    chosen = sources.random.permutation(len(train.vectors))[:MOST_DOCUMENTS]
+    tested = sources.random.permutation(len(heldout.vectors))[:MEASURED_DOCUMENTS]
+    count = FOLDS if len(heldout.vectors) < ENOUGH_HELDOUT else 1
+    most = min(MOST_FOR_ENCODER, MOST_OF_EACH * len(chosen)) if for_encoder else MOST_MADE_UP
+    parts = [sources.given(train, rows) for rows in np.array_split(chosen, count)]
+    others = sources.given(heldout, tested)
+    known = {text for part in (*parts, others) for text in part.texts}
+    folds = []
+    for number, part in enumerate(parts):
+        queries = made_up_queries(part.texts, most // count, seed=seed + number, known=known)
+        folds.append(
+            _Fold(
+                part,
+                sources.cut(part.texts, MOST_PIECES // count),
+                sources.embedded(queries, "embedding made-up queries"),
+            )
         )
-
-    short, long = limits_of(brief), limits_of(~brief)
-    believed = np.array(
-        [
-            (short if is_brief else long).allows(confidence, score)
-            for is_brief, confidence, score in zip(brief, confidences, scores, strict=True)
-        ],
-        dtype=np.bool_,
-    )
-    own = believed & ~taken
-    answers = Answers(sure=taken | own, right=np.where(taken, earlier, right))
-    is_document = np.arange(len(texts)) < terms.documents
-    record = StudentRecord(
-        target=terms.target,
-        short=short,
-        long=long,
-        documents=_measured(answers.sure, answers.right, is_document),
-        pieces=_measured(answers.sure, answers.right, ~is_document),
-        lead_error=_lead_error(
-            [g for g, counts in zip(guesses, own, strict=True) if counts],
-            cosines[own],
-            terms.target,
-        ),
-        training_texts=0,
-        settings={},
-    )
-    return record, answers
+    return folds, _exam(others, sources.cut(others.texts, MEASURED_PIECES))
 
 
-def measure_pair(
-    texts: list[str],
-    first: Sequence[Guess],
-    second: Sequence[Guess],
-    cosines: Vectors,
-    terms: Terms,
-) -> Pair | None:
-    """How sure each of two students must be for the least work, together within the target.
+def _taught(
+    folds: list[_Fold], others: Exam, config: RouterConfig, seed: int, on_progress: OnProgress
+) -> tuple[Student, Exam, Seen]:
+    """A student of all folds, the texts that it can be measured on, and what is seen of the guesses
+    at them: at those of a fold, of one that has learnt from the other folds."""
 
-    What the first may get wrong is taken from what is left for the second, which errs less: so the
-    first gets a share of it, the best of some that are tried, and is then asked for more certainty.
+    def read(texts: list[str]) -> list[str]:
+        return [seen_by_student(text, config.max_tokens) for text in texts]
 
-    Args:
-        texts: held out, documents first.
-        first: guesses of the one that is asked first.
-        second: guesses of the other, blended with them.
-        cosines: the embedder's, shape (N, K).
-        terms: what is asked for.
+    def learnt(from_: Sequence[_Fold]) -> Student:
+        lessons = _Sample.joined([fold.lessons for fold in from_])
+        return _rounded(Student.fit(read(lessons.texts), lessons.cosines, seed=seed))
 
-    Returns:
-        None where the second would not be believed.
-    """
-    best: Pair | None = None
-    strict = replace(terms, deviations=TRIED_DEVIATIONS)
-    for share in TRIED_SHARES:
-        stricter = replace(strict, target=1 - share * (1 - terms.target))
-        one, answers = measure(texts, first, cosines, stricter)
-        two, both = measure(texts, second, cosines, strict, answers)
-        work = _work(answers.sure, both.sure)
-        if both.sure.sum() > answers.sure.sum() and (best is None or work < best.work):
-            best = Pair(one, two, work)
-    return best
+    asked, seen = [], []
+    total = len(folds) + 1 if len(folds) > 1 else 1
+    for number, fold in enumerate(folds if len(folds) > 1 else ()):
+        on_progress(STUDENT_STAGE, number, total)
+        asked.append(fold.exam)
+        seen.append(learnt([*folds[:number], *folds[number + 1 :]]).seen(read(fold.exam.texts)))
+    on_progress(STUDENT_STAGE, total - 1, total)
+    student = learnt(folds)
+    on_progress(STUDENT_STAGE, total, total)
+    if others.texts:
+        asked.append(others)
+        seen.append(student.seen(read(others.texts)))
+    return student, Exam.joined(asked), Seen.joined(seen)
 
 
-def _work(first: Flags, both: Flags) -> float:
-    """Share of the embedder's work that is left where two students answer some texts."""
-    return ENCODER_WORK * float(np.mean(~first)) + float(np.mean(~both))
+def _rounded(student: Student) -> Student:
+    """As it will be once it was saved and loaded."""
+    return Student.restore(student.arrays(), student.settings())
 
 
 def cut_pieces(documents: list[str], most: int, random: np.random.Generator) -> list[str]:
@@ -363,37 +306,6 @@ def _span(text: str, random: np.random.Generator) -> str:
     length = int(random.integers(SPAN_WORDS[0], SPAN_WORDS[1] + 1))
     start = int(random.integers(max(1, len(words) - length)))
     return " ".join(words[start : start + length])
-
-
-def _split(train: int, heldout: int, random: np.random.Generator) -> tuple[Indices, Indices]:
-    """Training rows to learn from and to set aside, both rising."""
-    wanted = min(max(0, ENOUGH_MEASURED - heldout), int(MOST_SET_ASIDE * train))
-    chosen = random.permutation(train)[: wanted + MOST_DOCUMENTS]
-    return np.sort(chosen[wanted:]), np.sort(chosen[:wanted])
-
-
-def _some(count: int, most: int, random: np.random.Generator) -> Indices:
-    return np.sort(random.permutation(count)[:most])
-
-
-def _measured(sure: Flags, right: Flags, rows: Flags) -> Measured:
-    count, answered = int(rows.sum()), int((sure & rows).sum())
-    return Measured(
-        texts=count,
-        answered=answered / count if count else 0.0,
-        agreement=float(right[sure & rows].mean()) if answered else None,
-    )
-
-
-def _lead_error(guesses: Sequence[Guess], cosines: Vectors, target: float) -> float:
-    """What the winner's estimated lead over the runner-up is off by, at most in `target` of all."""
-    if not guesses:
-        return 0.0
-    first, second = (np.array([g.clusters[place] for g in guesses]) for place in (0, 1))
-    leads = np.array([g.scores[0] - g.scores[1] for g in guesses])
-    rows = np.arange(len(guesses))
-    true = cosines[rows, first] - cosines[rows, second]
-    return float(np.quantile(np.abs(leads - true), target))
 
 
 def _tell(who: str, record: StudentRecord) -> None:

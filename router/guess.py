@@ -19,6 +19,8 @@ BLEND = 0.25
 """Weight of a first student's estimates beside those of a second one, which errs elsewhere."""
 TOP = 16
 """Best clusters that a guess names."""
+SHORT_CHARACTERS = 120
+"""Up to here a text is short, as questions are: there is less in it to be sure by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class Guess:
     """Estimates for the best clusters, falling, shape (min(K, `TOP`),)."""
     clusters: Indices
     """The clusters of `scores`."""
+
+
+def is_short(text: str) -> bool:
+    """Whether a text is judged as short ones are."""
+    return len(text) <= SHORT_CHARACTERS
 
 
 def best_logits(logits_NK: Floats) -> tuple[Floats, Indices]:

@@ -14,14 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from router.errors import RouterFormatError
-from router.guess import TEMPERATURE, Guess, best_logits, guesses_of
-from router.student_confidence import (
-    MEASURES,
-    UNFITTED,
-    confidence_of,
-    fit_confidence,
-    measures_of,
-)
+from router.guess import TEMPERATURE, Guess, best_logits, is_short
+from router.student_confidence import KINDS, MEASURES, Seen, measures_of, unfitted
 from router.student_features import features_of, words_of
 from router.student_training import Cosines, Layers, best_targets, train
 from router.student_vocabulary import Vocabulary
@@ -29,22 +23,21 @@ from router.student_vocabulary import Vocabulary
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-FORMAT = 1
+FORMAT = 2
 MOST_TEXTS = 50_000
 """Texts fitted on; a sample of more."""
-HELDOUT_SHARE = 0.06
-"""Of the texts, to fit the confidence on; none where these were fewer than `LEAST_HELDOUT`."""
-LEAST_HELDOUT = 100
 BATCH = 256
 
 
 class Student:
     """A bag of hashed features, one hidden layer and a confidence; see `fit`."""
 
-    def __init__(self, vocabulary: Vocabulary, layers: Layers, measures: Floats) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, layers: Layers, confidence: Floats | None = None
+    ) -> None:
         self._vocabulary = vocabulary
         self._layers = layers
-        self._confidence = measures
+        self._confidence = unfitted(len(layers.outer_K)) if confidence is None else confidence
 
     @property
     def clusters(self) -> int:
@@ -55,7 +48,8 @@ class Student:
     def fit(
         cls, texts: Sequence[str], cosines: Cosines, *, seed: int, threads: int | None = None
     ) -> Student:
-        """Learn to guess the cosines of texts from their words.
+        """Learn to guess the cosines of texts from their words; how sure of it, `with_confidence`
+        tells.
 
         The same for a seed in every process, on the same number of threads. Time and memory are
         bounded: at most `MOST_TEXTS` texts count, and of a long text its beginning.
@@ -68,18 +62,15 @@ class Student:
             threads: of torch; one where none is given, which other work on the machine slows least.
         """
         rng = np.random.default_rng(seed)
-        order = rng.permutation(len(texts))[:MOST_TEXTS].astype(np.int64)
-        heldout = int(len(order) * HELDOUT_SHARE)
-        heldout = heldout if heldout >= LEAST_HELDOUT else 0
-        checked, chosen = np.sort(order[:heldout]), np.sort(order[heldout:])
+        chosen = np.sort(rng.permutation(len(texts))[:MOST_TEXTS].astype(np.int64))
         vocabulary, bags = Vocabulary.fit([words_of(texts[place]) for place in chosen])
         targets = best_targets(cosines, chosen[: len(bags.divisors)])
         layers = train(bags, targets, vocabulary.size, seed=seed, threads=threads or 1)
-        student = cls(*vocabulary.folded(layers), UNFITTED)
-        if heldout:
-            answers = best_targets(cosines, checked).clusters[:, 0]
-            student._confidence = student._fit_confidence([texts[i] for i in checked], answers)
-        return student
+        return cls(*vocabulary.folded(layers))
+
+    def with_confidence(self, coefficients: Floats) -> Student:
+        """The same student, as sure as these coefficients say: see `student_confidence`."""
+        return Student(self._vocabulary, self._layers, coefficients)
 
     def guess(self, text: str) -> Guess:
         """Guess one text, of any length and any script."""
@@ -89,6 +80,11 @@ class Student:
         """Guess texts, in the order given, each as `guess` does but for rounding."""
         starts = range(0, len(texts), BATCH)
         return list(chain.from_iterable(self._guess(texts[at : at + BATCH]) for at in starts))
+
+    def seen(self, texts: Sequence[str]) -> Seen:
+        """What is seen of its guesses at texts, one at least, to find out how sure it may be."""
+        starts = range(0, len(texts), BATCH)
+        return Seen.joined([self._seen(texts[at : at + BATCH]) for at in starts])
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """What was learned, to be saved as tensors."""
@@ -146,10 +142,14 @@ class Student:
         return cls(Vocabulary(hashes.astype(np.uint32)), layers, confidence)
 
     def _guess(self, texts: Sequence[str]) -> list[Guess]:
+        return self._seen(texts).guesses(self._confidence)
+
+    def _seen(self, texts: Sequence[str]) -> Seen:
         logits_NK, unknown_N, words_N = self._logits(texts)
         values_NT, best_NT = best_logits(logits_NK)
-        measures = measures_of(logits_NK, values_NT, unknown_N, words_N)
-        return guesses_of(values_NT, best_NT, confidence_of(measures, self._confidence))
+        measures_NM = measures_of(logits_NK, values_NT, unknown_N, words_N)
+        short_N = np.array([is_short(text) for text in texts], dtype=np.bool_)
+        return Seen(values_NT, best_NT, measures_NM, short_N)
 
     def _logits(self, texts: Sequence[str]) -> tuple[Floats, Floats, Indices]:
         words = [words_of(text) for text in texts]
@@ -158,15 +158,6 @@ class Student:
         layers = self._layers
         hidden_NH = np.maximum(sums_NE @ layers.inner_EH + layers.inner_H, 0)
         return hidden_NH @ layers.outer_HK + layers.outer_K, unknown_N, features.words
-
-    def _fit_confidence(self, texts: Sequence[str], answers: Indices) -> Floats:
-        measures, right = [], []
-        for start in range(0, len(texts), BATCH):
-            logits_NK, unknown_N, words_N = self._logits(texts[start : start + BATCH])
-            best_NT = -np.sort(-logits_NK, axis=1)[:, :2]
-            measures.append(measures_of(logits_NK, best_NT, unknown_N, words_N))
-            right.append(logits_NK.argmax(axis=1) == answers[start : start + BATCH])
-        return fit_confidence(np.concatenate(measures), np.concatenate(right))
 
 
 def _whole(hashes: npt.NDArray[Any], layers: Layers, confidence: Floats) -> bool:
@@ -180,7 +171,7 @@ def _whole(hashes: npt.NDArray[Any], layers: Layers, confidence: Floats) -> bool
         and layers.table_VE.shape == (hashes.size, width)
         and layers.inner_H.shape == (hidden,)
         and layers.outer_HK.shape == (hidden, layers.outer_K.size)
-        and confidence.shape == (MEASURES + 1,)
+        and confidence.shape == (KINDS, MEASURES + 1 + layers.outer_K.size)
         and all(np.isfinite(part).all() for part in (*_parts(layers), confidence))
     )
 

@@ -1,26 +1,76 @@
 """How sure the student may be: a logistic regression over what can be seen of one guess.
 
+Some clusters are told apart more easily than others, and a document more easily than a question, so
+each cluster has a constant of its own, and short texts have other coefficients than long ones.
 Knows nothing of texts or layers, and sets no threshold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
+from router.guess import TEMPERATURE, Guess, guesses_of
+
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
-MEASURES = 5
-"""Things seen of a guess; one more number of a confidence is its constant."""
-
-UNFITTED: Floats = np.array([1, 0, 0, 0, 0, 0], dtype=np.float32)
-"""Sure by the margin alone, for want of held-out text."""
+MEASURES = 6
+"""Things seen of a guess. A confidence has a coefficient for each, a constant, and a constant for
+each cluster."""
+KINDS = 2
+"""Rows of coefficients: for long texts and for short ones."""
+LEAST_FITTED = 100
+"""Texts of a kind from which on it has coefficients of its own."""
 
 RIDGE = 1.0
 ROUNDS = 25
 LARGEST = 30.0
 SMALLEST = np.float32(np.exp(-LARGEST))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is seen of the guesses at N texts, before anybody says how sure they are."""
+
+    values_NT: Floats
+    """Their best logits, falling."""
+    best_NT: Indices
+    """The clusters of these."""
+    measures_NM: Floats
+    short_N: Flags
+    """Whether the text is short."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """All of at least one."""
+        return cls(
+            np.concatenate([part.values_NT for part in parts]),
+            np.concatenate([part.best_NT for part in parts]),
+            np.concatenate([part.measures_NM for part in parts]),
+            np.concatenate([part.short_N for part in parts]),
+        )
+
+    @property
+    def clusters_N(self) -> Indices:
+        """The cluster that each guess names."""
+        return self.best_NT[:, 0]
+
+    def guesses(self, coefficients: Floats) -> list[Guess]:
+        """The guesses, as sure as these coefficients say."""
+        return guesses_of(self.values_NT, self.best_NT, confidence_of(self, coefficients))
+
+
+def unfitted(clusters: int) -> Floats:
+    """Sure by the margin alone, for want of texts that nobody has learnt from."""
+    coefficients = np.zeros((KINDS, MEASURES + 1 + clusters), dtype=np.float32)
+    coefficients[:, 0] = 1
+    return coefficients
 
 
 def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: Indices) -> Floats:
@@ -44,28 +94,75 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
     measures[:, 2] = unknown_N
     measures[:, 3] = np.log(words_N)
     measures[:, 4] = margin_N * unknown_N
+    measures[:, 5] = first_N * TEMPERATURE
     return measures
 
 
-def confidence_of(measures: Floats, coefficients: Floats) -> Floats:
+def confidence_of(seen: Seen, coefficients: Floats) -> Floats:
     """Chance that each guess is right, shape (N,)."""
-    sums = measures @ coefficients[:-1] + coefficients[-1]
+    kinds_N = seen.short_N.astype(np.int64)
+    own_NM = coefficients[kinds_N, :MEASURES]
+    sums_N = (seen.measures_NM * own_NM).sum(axis=1)
+    sums_N += coefficients[kinds_N, MEASURES]
+    sums_N += coefficients[kinds_N, MEASURES + 1 + seen.clusters_N]
     # `np.clip` takes several times as long for so few numbers.
-    chances: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(sums, -LARGEST), LARGEST)))
+    chances: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(sums_N, -LARGEST), LARGEST)))
     return chances
 
 
-def fit_confidence(measures: Floats, right: npt.NDArray[np.bool_]) -> Floats:
-    """Coefficients from guesses and whether each was right: ridge regression by Newton's method."""
-    mean, spread = measures.mean(axis=0, dtype=np.float64), measures.std(axis=0, dtype=np.float64)
+def fit_confidence(seen: Seen, right: Flags, clusters: int) -> Floats:
+    """Coefficients from guesses at texts that were not learnt from, and whether each was right.
+
+    Where texts of one kind are too few, those of the other count for them.
+
+    Args:
+        seen: of N guesses.
+        right: shape (N,).
+        clusters: K.
+
+    Returns:
+        Shape (`KINDS`, `MEASURES` + 1 + K).
+    """
+    if len(right) < LEAST_FITTED:
+        return unfitted(clusters)
+    coefficients = []
+    for kind in range(KINDS):
+        rows = seen.short_N == bool(kind)
+        if rows.sum() < LEAST_FITTED:
+            rows = np.ones(len(right), dtype=np.bool_)
+        coefficients.append(
+            _fitted(seen.measures_NM[rows], seen.clusters_N[rows], right[rows], clusters)
+        )
+    return np.stack(coefficients)
+
+
+def _fitted(measures_NM: Floats, clusters_N: Indices, right_N: Flags, clusters: int) -> Floats:
+    """Ridge regression by Newton's method; a step takes time linear in the clusters, since of two
+    clusters' constants none depends on the other directly."""
+    mean, spread = measures_NM.mean(axis=0, dtype=np.float64), measures_NM.std(axis=0, dtype=float)
     spread = np.where(spread > 1e-6, spread, 1.0)
-    inputs = np.column_stack([(measures - mean) / spread, np.ones(len(measures))])
-    penalty = np.diag([RIDGE] * MEASURES + [1e-3])
-    weights = np.zeros(MEASURES + 1)
+    inputs_NC = np.column_stack([(measures_NM - mean) / spread, np.ones(len(measures_NM))])
+    penalty_CC = np.diag([RIDGE] * MEASURES + [1e-3])
+    weights_C, constants_K = np.zeros(MEASURES + 1), np.zeros(clusters)
+
+    def by_cluster(values_N: Doubles) -> Doubles:
+        sums: Doubles = np.bincount(clusters_N, values_N, clusters).astype(np.float64, copy=False)
+        return sums
+
     for _ in range(ROUNDS):
-        chances = 1 / (1 + np.exp(-np.clip(inputs @ weights, -LARGEST, LARGEST)))
-        slope = inputs.T @ (right - chances) - penalty @ weights
-        curve = (inputs * (chances * (1 - chances))[:, None]).T @ inputs + penalty
-        weights = weights + np.linalg.solve(curve, slope)
-    plain = weights[:-1] / spread
-    return np.append(plain, weights[-1] - plain @ mean).astype(np.float32)
+        sums_N = inputs_NC @ weights_C + constants_K[clusters_N]
+        chances_N = 1 / (1 + np.exp(-np.clip(sums_N, -LARGEST, LARGEST)))
+        curves_N = chances_N * (1 - chances_N)
+        slope_C = inputs_NC.T @ (right_N - chances_N) - penalty_CC @ weights_C
+        slope_K = by_cluster(right_N - chances_N) - RIDGE * constants_K
+        curve_CC = (inputs_NC * curves_N[:, None]).T @ inputs_NC + penalty_CC
+        curve_K = by_cluster(curves_N) + RIDGE
+        mixed_CK = np.stack([by_cluster(curves_N * inputs_N) for inputs_N in inputs_NC.T])
+        # The constants are eliminated, their block of the curvature being diagonal.
+        scaled_CK = mixed_CK / curve_K
+        step_C = np.linalg.solve(curve_CC - scaled_CK @ mixed_CK.T, slope_C - scaled_CK @ slope_K)
+        weights_C += step_C
+        constants_K += (slope_K - mixed_CK.T @ step_C) / curve_K
+    plain = weights_C[:-1] / spread
+    constant = weights_C[-1] - plain @ mean
+    return np.concatenate([plain, [constant], constants_K], dtype=np.float32, casting="same_kind")

@@ -7,7 +7,7 @@ says of them, answers a tenth more of the queries at the same agreement.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 SPAN_SHARE = 0.3
 """Of the queries, those that are spans of one text."""
@@ -21,8 +21,17 @@ TRIES = 4
 """Tries for each query that is asked for: of few or short texts fewer queries can be made."""
 
 
-def made_up_queries(texts: Sequence[str], count: int, *, seed: int) -> list[str]:
-    """Up to `count` distinct queries that are none of the texts; the same for a seed."""
+def made_up_queries(
+    texts: Sequence[str], count: int, *, seed: int, known: Collection[str] = ()
+) -> list[str]:
+    """Up to `count` distinct queries that are none of the texts; the same for a seed.
+
+    Args:
+        texts: what they are made of.
+        count: how many to make.
+        seed: of every choice.
+        known: other texts that they must not be either.
+    """
     rng = random.Random(seed)
     chosen = rng.sample(range(len(texts)), min(SOURCES, len(texts)))
     # A word has at most twelve characters on average, or its text is none that can be drawn from.
@@ -34,7 +43,7 @@ def made_up_queries(texts: Sequence[str], count: int, *, seed: int) -> list[str]
     for number, words in enumerate(sources):
         for place, word in enumerate(words):
             places.setdefault(word, []).append((number, place))
-    known, made = set(texts), dict[str, None]()
+    known, made = {*texts, *known}, dict[str, None]()
     for _ in range(count * TRIES):
         if len(made) >= count:
             break

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from router.calibration import (
     NEVER,
+    Before,
     Calibration,
     Sureness,
     abstention_threshold,
@@ -125,10 +126,27 @@ def test_what_another_has_answered_counts_towards_the_target() -> None:
     texts = np.linspace(1, 0.5, 150)
     alone = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0)
     assert alone.confidence is None, "150 texts alone prove nothing"
-    after = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=(1000, 2))
+    after = sure_from(
+        texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=Before(1000, 2, 2)
+    )
     assert after.answered == 1.0
-    worse = sure_from(texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=(1000, 12))
+    worse = sure_from(
+        texts, np.ones(150), np.ones(150), target=0.99, floor=0.0, before=Before(1000, 12, 12)
+    )
     assert worse.confidence is None
+
+
+def test_what_was_estimated_from_more_texts_is_more_certain() -> None:
+    texts = np.linspace(1, 0.5, 150)
+
+    def answered(variance: float) -> float:
+        before = Before(1000, 8, variance)
+        return sure_from(
+            texts, np.ones(150), np.ones(150), target=0.99, floor=0, before=before
+        ).answered
+
+    assert answered(8) == 0
+    assert answered(2) == 1
 
 
 def test_equal_confidences_are_believed_together_or_not_at_all() -> None:

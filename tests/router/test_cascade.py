@@ -10,10 +10,10 @@ import pytest
 from configs.schema import RouterConfig
 from router import cascade as cascade_module
 from router.calibration import Calibration, Sureness
-from router.cascade import SHORT_CHARACTERS, Cascade, Measured, StudentRecord
+from router.cascade import Cascade, Measured, StudentRecord
 from router.conversation import Message
 from router.errors import UnroutableError
-from router.guess import BLEND, TEMPERATURE, Guess, blended
+from router.guess import BLEND, SHORT_CHARACTERS, TEMPERATURE, Guess, blended
 from router.model import Router
 from router.storage import RouterRecord
 from router.types import Candidate

@@ -1,27 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from configs.schema import RouterConfig
+from router import distillation, student_training
 from router.conversation import Message
-from router.distillation import (
-    ENCODER_WORK,
-    Terms,
-    Texts,
-    cut_pieces,
-    measure,
-    measure_pair,
-)
+from router.distillation import FOLDS, Texts, cut_pieces
 from router.errors import RouterFormatError
-from router.guess import Guess
 from router.model import Router
 from router.storage import STUDENT_FILE
+from router.student import Student
+from router.student_confidence import Seen
 
 if TYPE_CHECKING:
     from tests.router.conftest import WordEmbedder
@@ -95,49 +90,42 @@ def test_a_taught_router_answers_most_and_survives_the_disk(
         Router.load(tmp_path / "router", embedder=words)
 
 
+def test_no_student_is_measured_on_what_it_has_learnt(
+    words: WordEmbedder, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: dict[int, set[str]] = {}
+    exams: list[tuple[set[str], set[str]]] = []
+    fit, seen = Student.fit, Student.seen
+
+    def fitted(lessons: Sequence[str], *args: Any, **settings: Any) -> Student:
+        student = fit(lessons, *args, **settings)
+        learnt[id(student)] = set(lessons)
+        return student
+
+    def looked_at(student: Student, asked: Sequence[str]) -> Seen:
+        exams.append((learnt[id(student)], set(asked)))
+        return seen(student, asked)
+
+    monkeypatch.setattr(student_training, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(student_training, "MOST_STEPS", 10)
+    monkeypatch.setattr(distillation, "_rounded", lambda student: student)
+    monkeypatch.setattr(Student, "fit", fitted)
+    monkeypatch.setattr(Student, "seen", looked_at)
+    taught(words, texts)
+    assert len(exams) == FOLDS + 1
+    assert all(not lessons & asked for lessons, asked in exams)
+    assert set(texts) == set[str]().union(*(asked for _, asked in exams))
+    assert set(texts[150:]) <= exams[-1][0], "the one that serves has learnt from all"
+    exams.clear()
+    monkeypatch.setattr(distillation, "ENOUGH_HELDOUT", 150)
+    taught(words, texts)
+    assert [asked for _, asked in exams] == [set(texts[:150])], "they are enough"
+
+
 def test_few_documents_teach_nobody(words: WordEmbedder, texts: list[str]) -> None:
     router = taught(words, texts[:600])
     assert router.student is None
     assert router.quick_route([Message("user", texts[0])]) is None
-
-
-def guessed(
-    rng: np.random.Generator, clusters: npt.NDArray[np.int64], hardness: float
-) -> list[Guess]:
-    """Guesses that are the less sure the likelier they are wrong."""
-    confidences = rng.random(len(clusters))
-    wrong = rng.random(len(clusters)) < hardness * (1 - confidences) ** 2
-    return [
-        Guess(
-            cluster=int(cluster + miss) % 4,
-            confidence=float(confidence),
-            score=0.9,
-            scores=np.array([0.9, 0.1], dtype=np.float32),
-            clusters=np.array([(cluster + miss) % 4, (cluster + miss + 1) % 4]),
-        )
-        for cluster, miss, confidence in zip(clusters, wrong, confidences, strict=True)
-    ]
-
-
-def test_a_second_student_takes_over_where_it_spares_work() -> None:
-    rng = np.random.default_rng(0)
-    clusters = rng.integers(4, size=6000)
-    cosines = np.eye(4, dtype=np.float32)[clusters]
-    texts = ["a short question"] * len(clusters)
-    terms = Terms(documents=len(texts), threshold=0.5, target=0.99)
-    first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.05)
-    alone, _ = measure(texts, first, cosines, terms)
-    pair = measure_pair(texts, first, second, cosines, terms)
-    assert pair is not None
-    assert pair.second.documents.answered > alone.documents.answered + 0.2
-    assert pair.second.documents.agreement is not None
-    assert pair.second.documents.agreement >= 0.99
-    assert pair.first.documents.answered <= alone.documents.answered
-    assert pair.first.target >= terms.target
-    left = 1 - pair.first.documents.answered, 1 - pair.second.documents.answered
-    assert pair.work == pytest.approx(ENCODER_WORK * left[0] + left[1])
-    certain = Terms(documents=len(texts), threshold=0.5, target=1.0)
-    assert measure_pair(texts, first, second, cosines, certain) is None
 
 
 def test_pieces_are_sentences_and_spans_of_long_documents() -> None:

@@ -11,11 +11,12 @@ from configs.schema import RouterConfig
 from router import distillation, encoder_training
 from router.cascade import Cascade
 from router.conversation import Message
-from router.distillation import Pair, Terms, Texts, measure
+from router.distillation import Texts
 from router.encoder import Encoder
 from router.encoder_graph import ENTRY, HEAD
 from router.encoder_training import can_be_cut, train_encoder
 from router.errors import RouterFormatError
+from router.measuring import Earlier, Exam, Pair, Terms, measure
 from router.model import Router
 from router.quantization import LEVELS, levels_here
 from router.storage import ENCODER_FILE
@@ -130,9 +131,10 @@ def test_a_router_is_taught_both_and_keeps_them_on_disk(
     monkeypatch.setattr(distillation, "LEAST_DOCUMENTS", 10)
     monkeypatch.setattr(distillation, "MOST_FOR_ENCODER", 50)
 
-    def pair(texts: Any, first: Any, second: Any, cosines: Any, terms: Terms) -> Pair:
-        one, answers = measure(texts, first, cosines, terms)
-        return Pair(one, measure(texts, second, cosines, terms, answers)[0], work=-1.0)
+    def pair(exam: Exam, first: Any, rows: Any, second: Any, terms: Terms) -> Pair:
+        one, answers = measure(exam, first, terms)
+        earlier = Earlier(exam, answers, rows)
+        return Pair(one, measure(exam.of(rows), second, terms, earlier)[0], work=0.0)
 
     monkeypatch.setattr(distillation, "measure_pair", pair)
     config = RouterConfig(

@@ -75,6 +75,9 @@ def test_made_up_queries_are_new_and_of_known_words() -> None:
     texts = ["what is my balance", "what is the weather in rome", "book a flight to rome"]
     queries = made_up_queries(texts, 20, seed=1)
     assert queries == made_up_queries(texts, 20, seed=1) != made_up_queries(texts, 20, seed=2)
+    others = made_up_queries(texts, 20, seed=1, known=queries[:5])
+    assert others
+    assert not set(others) & set(queries[:5])
     assert len(queries) == len(set(queries)) <= 20
     assert len(queries) >= 10
     assert not set(queries) & set(texts)
