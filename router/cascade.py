@@ -7,14 +7,14 @@ how a student guesses, nor of what becomes of a text that none is sure of.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from router.calibration import Sureness
-from router.guess import Guess, blended, is_short
+from router.guess import Guess, is_short
 
 CHARACTERS_PER_TOKEN = 5
 """About as much of a long text as the embedder reads, without cutting it into tokens first."""
@@ -39,6 +39,15 @@ class Guesser(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What goes with that, as JSON takes it."""
+        ...
+
+
+@runtime_checkable
+class SecondGuesser(Guesser, Protocol):
+    """A student that is asked after another one, and makes use of what that has guessed."""
+
+    def guess_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> Sequence[Guess]:
+        """Of each text, by both together."""
         ...
 
 
@@ -151,9 +160,9 @@ class Cascade:
 
     def _after(self, texts: Sequence[str], firsts: Sequence[Guess]) -> list[Guess | None]:
         """Guesses of a second student, who knows what the first has guessed."""
-        guesses = self.student.guess_many([text[: self._characters] for text in texts])
-        together = [blended(first, own) for first, own in zip(firsts, guesses, strict=True)]
-        return self._believed(texts, together)
+        assert isinstance(self.student, SecondGuesser)
+        seen = [text[: self._characters] for text in texts]
+        return self._believed(texts, self.student.guess_after(firsts, seen))
 
     def _believed(self, texts: Sequence[str], guesses: Sequence[Guess]) -> list[Guess | None]:
         return [

@@ -23,10 +23,9 @@ from configs.schema import RouterConfig
 from router.cascade import Cascade, Guesser, StudentRecord, seen_by_student
 from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
-from router.guess import blended
 from router.measuring import Exam, Terms, measure, measure_pair
 from router.student import Student
-from router.student_confidence import Seen, fit_confidence
+from router.student_confidence import Seen, fit_confidence, seen_of_two
 from router.student_queries import made_up_queries
 from router.types import OnProgress, ignore
 
@@ -176,9 +175,11 @@ def distil(
     rows = np.arange(len(exam.texts))
     rows = rows[(rows < aside) | (rows >= len(rows) - len(others.texts))]
     texts = [seen_by_student(exam.texts[row], config.max_tokens) for row in rows]
-    own = encoder.guess_many(texts)
-    second = [blended(guesses[row], guess) for row, guess in zip(rows, own, strict=True)]
-    pair = measure_pair(exam, guesses, rows, second, terms)
+    together = seen_of_two(encoder.guess_after([guesses[row] for row in rows], texts), texts)
+    right = exam.of(rows).right(together.clusters_N, threshold)
+    coefficients = fit_confidence(together, right, len(centroids))
+    encoder = encoder.with_confidence(coefficients)
+    pair = measure_pair(exam, guesses, rows, together.guesses(coefficients), terms)
     if pair is None:
         logger.info("the encoder would spare no work, so there is none")
         return alone

@@ -7,6 +7,7 @@ of the embedder. Knows nothing of how it was trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -19,20 +20,22 @@ from router.guess import (
     Floats,
     Guess,
     best_logits,
+    blended,
     guesses_of,
     lead_confidences,
 )
 from router.quantization import LEVELS, SAMPLES, levels_here, quantize
+from router.student_confidence import MEASURES_OF_TWO, seen_of_two, shape_of, unfitted
 from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
 TOKENS = 64
 """Tokens of a text that it reads."""
-TOKENIZER = "tokenizer"
+TOKENIZER, CONFIDENCE = "tokenizer", "confidence"
 
 
 class Encoder:
-    """A `Guesser` over a transformer of few layers."""
+    """A `SecondGuesser` over a transformer of few layers."""
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], settings: Mapping[str, Any]) -> None:
         """Take what training made.
@@ -54,16 +57,23 @@ class Encoder:
             )
             levels = int(settings.get("levels", LEVELS + 1))
             fits = whole(arrays, layers, heads, self._clusters)
+            self._confidence = arrays.get(CONFIDENCE, unfitted(self._clusters, MEASURES_OF_TWO))
             self._tokenizer = _tokenizer_of(arrays[TOKENIZER])
         except (KeyError, TypeError, ValueError):
             raise RouterFormatError("the router's encoder is incomplete or damaged") from None
+        fits = (
+            fits
+            and self._confidence.shape == shape_of(MEASURES_OF_TWO, self._clusters)
+            and bool(np.isfinite(self._confidence).all())
+        )
         if not fits or self._tokenizer.get_vocab_size() > len(arrays[WORDS]):
             raise RouterFormatError("the parts of the router's encoder do not fit each other")
         self._arrays, self._settings = dict(arrays), dict(settings)
         self._tokens = len(arrays[ENTRY[0]])
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._tokens)
-        computed = {name: array for name, array in arrays.items() if name != TOKENIZER}
+        others = {TOKENIZER, CONFIDENCE}
+        computed = {name: array for name, array in arrays.items() if name not in others}
         graph = graph_of(computed, layers, heads)
         if levels <= levels_here():  # else in 32 bits, whose guesses are hardly worse
             ids = tokens_of(self._tokenizer, SAMPLES, self._tokens)
@@ -81,6 +91,21 @@ class Encoder:
         ids = tokens_of(self._tokenizer, texts, self._tokens)
         values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits))
         return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
+
+    def guess_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> list[Guess]:
+        """Guess texts together with another student, whose guesses are given."""
+        together = [
+            blended(first, own) for first, own in zip(firsts, self.guess_many(texts), strict=True)
+        ]
+        return seen_of_two(together, texts).guesses(self._confidence) if together else []
+
+    def with_confidence(self, coefficients: Floats) -> Encoder:
+        """The same encoder, whose guesses with another student are as sure as these coefficients
+        say: see `student_confidence`."""
+        other = copy(self)
+        other._confidence = coefficients
+        other._arrays = {**self._arrays, CONFIDENCE: coefficients}
+        return other
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What was learned, to be saved as tensors."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from router.errors import RouterFormatError
 from router.guess import TEMPERATURE, Guess, best_logits, is_short
-from router.student_confidence import KINDS, MEASURES, Seen, measures_of, unfitted
+from router.student_confidence import MEASURES, Seen, measures_of, shape_of, unfitted
 from router.student_features import features_of, words_of
 from router.student_training import Cosines, Layers, best_targets, train
 from router.student_vocabulary import Vocabulary
@@ -171,7 +171,7 @@ def _whole(hashes: npt.NDArray[Any], layers: Layers, confidence: Floats) -> bool
         and layers.table_VE.shape == (hashes.size, width)
         and layers.inner_H.shape == (hidden,)
         and layers.outer_HK.shape == (hidden, layers.outer_K.size)
-        and confidence.shape == (KINDS, MEASURES + 1 + layers.outer_K.size)
+        and confidence.shape == shape_of(MEASURES, layers.outer_K.size)
         and all(np.isfinite(part).all() for part in (*_parts(layers), confidence))
     )
 

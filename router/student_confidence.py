@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from router.guess import TEMPERATURE, Guess, guesses_of
+from router.guess import TEMPERATURE, Guess, guesses_of, is_short
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -21,8 +21,10 @@ Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 MEASURES = 6
-"""Things seen of a guess. A confidence has a coefficient for each, a constant, and a constant for
-each cluster."""
+"""Things seen of a student's guess. A confidence has a coefficient for each, a constant, and a
+constant for each cluster."""
+MEASURES_OF_TWO = 2
+"""Things seen of a guess that two students made together."""
 KINDS = 2
 """Rows of coefficients: for long texts and for short ones."""
 LEAST_FITTED = 100
@@ -43,6 +45,7 @@ class Seen:
     best_NT: Indices
     """The clusters of these."""
     measures_NM: Floats
+    """The margin first."""
     short_N: Flags
     """Whether the text is short."""
 
@@ -66,11 +69,35 @@ class Seen:
         return guesses_of(self.values_NT, self.best_NT, confidence_of(self, coefficients))
 
 
-def unfitted(clusters: int) -> Floats:
+def shape_of(measures: int, clusters: int) -> tuple[int, int]:
+    """Of the coefficients for so many measures and clusters."""
+    return KINDS, measures + 1 + clusters
+
+
+def unfitted(clusters: int, measures: int = MEASURES) -> Floats:
     """Sure by the margin alone, for want of texts that nobody has learnt from."""
-    coefficients = np.zeros((KINDS, MEASURES + 1 + clusters), dtype=np.float32)
+    coefficients = np.zeros(shape_of(measures, clusters), dtype=np.float32)
     coefficients[:, 0] = 1
     return coefficients
+
+
+def seen_of_two(guesses: Sequence[Guess], texts: Sequence[str]) -> Seen:
+    """What is seen of guesses that two students made together at texts, one at least: margin and
+    score."""
+    scores_NT = np.stack([guess.scores for guess in guesses])
+    values_NT = np.asarray(scores_NT / TEMPERATURE, dtype=np.float32)
+    margins_N = (
+        values_NT[:, 0] - values_NT[:, 1]
+        if values_NT.shape[1] > 1
+        else np.full(len(values_NT), LARGEST)
+    )
+    measures_NM = np.stack([np.minimum(margins_N, LARGEST), scores_NT[:, 0]], axis=1)
+    return Seen(
+        values_NT,
+        np.stack([guess.clusters for guess in guesses]),
+        measures_NM.astype(np.float32),
+        np.array([is_short(text) for text in texts], dtype=np.bool_),
+    )
 
 
 def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: Indices) -> Floats:
@@ -100,11 +127,11 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
 
 def confidence_of(seen: Seen, coefficients: Floats) -> Floats:
     """Chance that each guess is right, shape (N,)."""
-    kinds_N = seen.short_N.astype(np.int64)
-    own_NM = coefficients[kinds_N, :MEASURES]
+    kinds_N, measures = seen.short_N.astype(np.int64), seen.measures_NM.shape[1]
+    own_NM = coefficients[kinds_N, :measures]
     sums_N = (seen.measures_NM * own_NM).sum(axis=1)
-    sums_N += coefficients[kinds_N, MEASURES]
-    sums_N += coefficients[kinds_N, MEASURES + 1 + seen.clusters_N]
+    sums_N += coefficients[kinds_N, measures]
+    sums_N += coefficients[kinds_N, measures + 1 + seen.clusters_N]
     # `np.clip` takes several times as long for so few numbers.
     chances: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(sums_N, -LARGEST), LARGEST)))
     return chances
@@ -121,10 +148,10 @@ def fit_confidence(seen: Seen, right: Flags, clusters: int) -> Floats:
         clusters: K.
 
     Returns:
-        Shape (`KINDS`, `MEASURES` + 1 + K).
+        As `shape_of` says.
     """
     if len(right) < LEAST_FITTED:
-        return unfitted(clusters)
+        return unfitted(clusters, seen.measures_NM.shape[1])
     coefficients = []
     for kind in range(KINDS):
         rows = seen.short_N == bool(kind)
@@ -142,8 +169,8 @@ def _fitted(measures_NM: Floats, clusters_N: Indices, right_N: Flags, clusters: 
     mean, spread = measures_NM.mean(axis=0, dtype=np.float64), measures_NM.std(axis=0, dtype=float)
     spread = np.where(spread > 1e-6, spread, 1.0)
     inputs_NC = np.column_stack([(measures_NM - mean) / spread, np.ones(len(measures_NM))])
-    penalty_CC = np.diag([RIDGE] * MEASURES + [1e-3])
-    weights_C, constants_K = np.zeros(MEASURES + 1), np.zeros(clusters)
+    penalty_CC = np.diag([RIDGE] * len(spread) + [1e-3])
+    weights_C, constants_K = np.zeros(len(penalty_CC)), np.zeros(clusters)
 
     def by_cluster(values_N: Doubles) -> Doubles:
         sums: Doubles = np.bincount(clusters_N, values_N, clusters).astype(np.float64, copy=False)

@@ -38,6 +38,9 @@ class Parrot:
     def guess_many(self, texts: Sequence[str]) -> list[Guess]:
         return [self.guess(text) for text in texts]
 
+    def guess_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> list[Guess]:
+        return [blended(*pair) for pair in zip(firsts, self.guess_many(texts), strict=True)]
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {}
 

@@ -16,10 +16,12 @@ from router.encoder import Encoder
 from router.encoder_graph import ENTRY, HEAD
 from router.encoder_training import can_be_cut, train_encoder
 from router.errors import RouterFormatError
+from router.guess import blended
 from router.measuring import Earlier, Exam, Pair, Terms, measure
 from router.model import Router
 from router.quantization import LEVELS, levels_here
 from router.storage import ENCODER_FILE
+from router.student_confidence import MEASURES_OF_TWO, shape_of, unfitted
 
 if TYPE_CHECKING:
     from router.embedder import SentenceEmbedder
@@ -121,8 +123,32 @@ def test_what_does_not_fit_is_refused(learnt: Learnt) -> None:
     broken[0, 0] = np.nan
     with pytest.raises(RouterFormatError, match="do not fit"):
         Encoder({**arrays, "0.wide": broken}, settings)
+    for confidence in (unfitted(3)[:, 1:], np.full_like(unfitted(3, MEASURES_OF_TWO), np.nan)):
+        with pytest.raises(RouterFormatError, match="do not fit"):
+            Encoder({**arrays, "confidence": confidence}, settings)
     with pytest.raises(RouterFormatError, match="tokenizer"):
         Encoder({**arrays, "tokenizer": arrays["tokenizer"][:-9]}, settings)
+
+
+def test_after_another_student_it_is_as_sure_as_it_was_told(
+    learnt: Learnt, mixture: Mixture
+) -> None:
+    encoder, texts = Encoder(*learnt), mixture.heldout
+    firsts = encoder.guess_many(texts[::-1])
+    together = [blended(*pair) for pair in zip(firsts, encoder.guess_many(texts), strict=True)]
+    for guess, wanted in zip(encoder.guess_after(firsts, texts), together, strict=True):
+        assert guess.cluster == wanted.cluster
+        assert guess.confidence == pytest.approx(wanted.confidence, abs=1e-5)
+        np.testing.assert_allclose(guess.scores, wanted.scores, atol=1e-6)
+    assert encoder.guess_after([], []) == []
+    of_clusters = np.zeros(shape_of(MEASURES_OF_TWO, 3), dtype=np.float32)
+    of_clusters[:, -3:] = [-1, 0, 1]
+    told = encoder.with_confidence(of_clusters)
+    for other in (told, Encoder(told.arrays(), told.settings())):
+        for guess in other.guess_after(firsts, texts):
+            wanted_chance = 1 / (1 + np.exp(1 - guess.cluster))
+            assert guess.confidence == pytest.approx(wanted_chance, abs=1e-5)
+    assert "confidence" not in encoder.arrays(), "the one that it was made of is as it was"
 
 
 def test_a_router_is_taught_both_and_keeps_them_on_disk(
