@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import select
 import socket
 import subprocess
@@ -34,6 +35,10 @@ START_TIMEOUT_S = 120.0
 END_MARGIN_S = 5.0
 """Beyond the drain time, before an ending gateway is killed."""
 RESTART_PAUSE_S = 1.0
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+"""Unless it says otherwise already. The products of a router's students are so small that several
+threads lose more by waiting for each other: 32 texts took 28 ms at P99 beside busy processes, and
+5 ms on one thread."""
 
 
 class GatewayProcesses:
@@ -162,6 +167,7 @@ class _Child:
                 stderr=errors,
                 text=True,
                 pass_fds=[self._descriptor],
+                env=ENVIRONMENT | os.environ,
                 start_new_session=True,  # Ctrl-C is for the driver, which ends it in order
             )
         self._spawned = time.monotonic()

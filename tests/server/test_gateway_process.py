@@ -96,6 +96,7 @@ def test_it_listens_when_started_and_is_gone_when_stopped(tmp_path: Path) -> Non
     gateway.start()
     try:
         process = child()
+        assert module.ENVIRONMENT.items() <= process.environ().items()
         assert health(gateway.url) == 200
     finally:
         gateway.stop()
