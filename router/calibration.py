@@ -95,7 +95,7 @@ class Sureness(BaseModel):
     score: float
     """Least estimated cosine: below it, texts often have no expert."""
     texts: int
-    """Held-out texts that both were drawn from."""
+    """Texts that both were drawn from, not learnt from by whoever guessed them."""
     answered: float
     """Share of them that the student answers."""
     agreement: float | None

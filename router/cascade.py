@@ -52,7 +52,8 @@ class SecondGuesser(Guesser, Protocol):
 
 
 class Measured(BaseModel):
-    """How a student did on one kind of held-out text."""
+    """How a student did on one kind of text that it has not learnt from, or that another one like
+    it has not."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -79,7 +80,7 @@ class StudentRecord(BaseModel):
     long: Sureness
     """Limits for longer ones."""
     documents: Measured
-    """On whole held-out documents; of a second student, with what the first has answered."""
+    """On whole documents; of a second student, with what the first has answered."""
     pieces: Measured
     """On sentences and other parts of them, likewise."""
     lead_error: float

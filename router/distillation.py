@@ -25,7 +25,7 @@ from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
 from router.measuring import Exam, Terms, measure, measure_pair
 from router.student import Student
-from router.student_confidence import Seen, fit_confidence, seen_of_two
+from router.student_confidence import Seen, fit_confidence, seen_of_two, unseen_confidence
 from router.student_queries import made_up_queries
 from router.types import OnProgress, ignore
 
@@ -87,7 +87,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Fold:
-    """Some documents and what was made of them, of which nothing is in any other fold."""
+    """Some documents and what was made of them; no document is in two folds."""
 
     documents: _Sample
     pieces: _Sample
@@ -95,8 +95,8 @@ class _Fold:
     """Made up; to learn from, not to be measured on."""
 
     @property
-    def lessons(self) -> _Sample:
-        return _Sample.joined([self.documents, self.pieces, self.queries])
+    def lessons(self) -> tuple[_Sample, ...]:
+        return self.documents, self.pieces, self.queries
 
     @property
     def exam(self) -> Exam:
@@ -146,7 +146,7 @@ def distil(
     coefficients = fit_confidence(seen, right, len(centroids))
     # The one that will be loaded, whose numbers have been rounded, is the one to measure.
     student = _rounded(student.with_confidence(coefficients))
-    guesses = seen.guesses(coefficients)
+    guesses = seen.guesses(unseen_confidence(seen, right, len(centroids)))
     record, _ = measure(exam, guesses, terms)
 
     def step(of: Guesser, told: StudentRecord, learnt: int, then: Cascade | None = None) -> Cascade:
@@ -154,12 +154,12 @@ def distil(
         return Cascade(of, told.model_copy(update=more), config.max_tokens, then)
 
     _tell("student", record)
-    lessons = sum(len(fold.lessons.texts) for fold in folds)
+    lessons = sum(len(part.texts) for fold in folds for part in fold.lessons)
     alone = step(student, record, lessons)
     if not encoding:
         return alone
     assert isinstance(embedder, SentenceEmbedder), "it has layers"
-    known = _Sample.joined([fold.lessons for fold in folds[1:] or folds])
+    known = _Sample.joined([part for fold in folds[1:] or folds for part in fold.lessons])
     parts = train_encoder(
         embedder,
         known.texts,
@@ -179,9 +179,10 @@ def distil(
     right = exam.of(rows).right(together.clusters_N, threshold)
     coefficients = fit_confidence(together, right, len(centroids))
     encoder = encoder.with_confidence(coefficients)
-    pair = measure_pair(exam, guesses, rows, together.guesses(coefficients), terms)
+    second = together.guesses(unseen_confidence(together, right, len(centroids)))
+    pair = measure_pair(exam, guesses, rows, second, terms)
     if pair is None:
-        logger.info("the encoder would spare no work, so there is none")
+        logger.info("the encoder would answer too little more for its work, so there is none")
         return alone
     _tell("student with its encoder", pair.second)
     return step(student, pair.first, lessons, step(encoder, pair.second, len(known.texts)))
@@ -250,7 +251,7 @@ def _taught(
         return [seen_by_student(text, config.max_tokens) for text in texts]
 
     def learnt(from_: Sequence[_Fold]) -> Student:
-        lessons = _Sample.joined([fold.lessons for fold in from_])
+        lessons = _Sample.joined([part for fold in from_ for part in fold.lessons])
         return _rounded(Student.fit(read(lessons.texts), lessons.cosines, seed=seed))
 
     asked, seen = [], []
@@ -258,7 +259,8 @@ def _taught(
     for number, fold in enumerate(folds if len(folds) > 1 else ()):
         on_progress(STUDENT_STAGE, number, total)
         asked.append(fold.exam)
-        seen.append(learnt([*folds[:number], *folds[number + 1 :]]).seen(read(fold.exam.texts)))
+        another = learnt([*folds[:number], *folds[number + 1 :]])
+        seen.append(another.seen(read(asked[-1].texts)))
     on_progress(STUDENT_STAGE, total - 1, total)
     student = learnt(folds)
     on_progress(STUDENT_STAGE, total, total)

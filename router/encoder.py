@@ -25,7 +25,13 @@ from router.guess import (
     lead_confidences,
 )
 from router.quantization import LEVELS, SAMPLES, levels_here, quantize
-from router.student_confidence import MEASURES_OF_TWO, seen_of_two, shape_of, unfitted
+from router.student_confidence import (
+    MEASURES_OF_TWO,
+    confidence_of,
+    seen_of_two,
+    shape_of,
+    unfitted,
+)
 from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
@@ -97,7 +103,10 @@ class Encoder:
         together = [
             blended(first, own) for first, own in zip(firsts, self.guess_many(texts), strict=True)
         ]
-        return seen_of_two(together, texts).guesses(self._confidence) if together else []
+        if not together:
+            return []
+        seen = seen_of_two(together, texts)
+        return seen.guesses(confidence_of(seen, self._confidence))
 
     def with_confidence(self, coefficients: Floats) -> Encoder:
         """The same encoder, whose guesses with another student are as sure as these coefficients

@@ -95,7 +95,8 @@ class Answers:
         return Answers(self.sure[rows], self.right[rows])
 
     def before(self, rows: Flags, texts: int) -> Before:
-        """What is to be expected of the answers to so many texts like some of these."""
+        """What is to be expected of the answers to so many texts like some of these, held-out and
+        training ones taken together."""
         scale = texts / rows.sum() if rows.any() else 0.0
         wrong = int((rows & self.sure & ~self.right).sum())
         return Before(scale * int((rows & self.sure).sum()), scale * wrong, scale**2 * wrong)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from router.errors import RouterFormatError
 from router.guess import TEMPERATURE, Guess, best_logits, is_short
-from router.student_confidence import MEASURES, Seen, measures_of, shape_of, unfitted
+from router.student_confidence import MEASURES, Seen, confidence_of, measures_of, shape_of, unfitted
 from router.student_features import features_of, words_of
 from router.student_training import Cosines, Layers, best_targets, train
 from router.student_vocabulary import Vocabulary
@@ -62,7 +62,8 @@ class Student:
             threads: of torch; one where none is given, which other work on the machine slows least.
         """
         rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.permutation(len(texts))[:MOST_TEXTS].astype(np.int64))
+        # Any order: the vocabulary takes as many of the first as it can.
+        chosen = rng.permutation(len(texts))[:MOST_TEXTS].astype(np.int64)
         vocabulary, bags = Vocabulary.fit([words_of(texts[place]) for place in chosen])
         targets = best_targets(cosines, chosen[: len(bags.divisors)])
         layers = train(bags, targets, vocabulary.size, seed=seed, threads=threads or 1)
@@ -142,7 +143,8 @@ class Student:
         return cls(Vocabulary(hashes.astype(np.uint32)), layers, confidence)
 
     def _guess(self, texts: Sequence[str]) -> list[Guess]:
-        return self._seen(texts).guesses(self._confidence)
+        seen = self._seen(texts)
+        return seen.guesses(confidence_of(seen, self._confidence))
 
     def _seen(self, texts: Sequence[str]) -> Seen:
         logits_NK, unknown_N, words_N = self._logits(texts)

@@ -40,7 +40,7 @@ class TurnBatcher(Generic[Item, Result]):
 
     Args:
         compute: gives one result per item, in order, in a fraction of a millisecond.
-        limit: items after which nobody waits for the end of the turn.
+        limit: items of a batch, at the most; a full one is computed before the end of the turn.
     """
 
     def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result]], limit: int) -> None:
@@ -64,6 +64,8 @@ class TurnBatcher(Generic[Item, Result]):
     def _asked(self, items: Sequence[Item]) -> asyncio.Future[Sequence[Result]]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sequence[Result]] = loop.create_future()
+        if self._items + len(items) > self._limit:
+            self._run()
         if not self._waiting:
             loop.call_soon(self._run)
         self._waiting.append((items, future))

@@ -34,8 +34,8 @@ WAITING_REQUESTS = 512
 """Requests that may wait for the embedder: about a second's work of one core."""
 
 QUICK_REQUESTS = 16
-"""Conversations that the student takes at a time, before others have their turn on the event loop:
-half a millisecond's work."""
+"""Conversations that the student takes at a time, half a millisecond's work; of those of one
+request others have their turn in between."""
 
 RETRY_FIRST_S, RETRY_MOST_S = 10.0, 300.0
 """Between two attempts to load a router, doubled after each: what lies behind a URL comes back."""

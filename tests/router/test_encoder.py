@@ -157,12 +157,24 @@ def test_a_router_is_taught_both_and_keeps_them_on_disk(
     monkeypatch.setattr(distillation, "LEAST_DOCUMENTS", 10)
     monkeypatch.setattr(distillation, "MOST_FOR_ENCODER", 50)
 
+    lessons: list[str] = []
+
+    def train(embedder: Any, texts: list[str], *args: Any, **settings: Any) -> Learnt:
+        lessons.extend(texts)
+        return train_encoder(embedder, texts, *args, **settings)
+
     def pair(exam: Exam, first: Any, rows: Any, second: Any, terms: Terms) -> Pair:
+        asked = set(exam.of(rows).texts)
+        assert not asked & set(lessons), "it has not learnt from what it is measured on"
+        assert asked >= set(mixture.heldout)
+        assert asked & set(mixture.texts), "a fold was left aside"
+        assert asked | set(lessons) >= set(mixture.texts)
         one, answers = measure(exam, first, terms)
         earlier = Earlier(exam, answers, rows)
         return Pair(one, measure(exam.of(rows), second, terms, earlier)[0], work=0.0)
 
     monkeypatch.setattr(distillation, "measure_pair", pair)
+    monkeypatch.setattr(distillation, "train_encoder", train)
     config = RouterConfig(
         clusters=3, device="cpu", agreement=0.5, encoder_layers=1, abstain_quantile=0.0
     )

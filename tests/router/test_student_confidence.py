@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from router.calibration import sure_from
 from router.student_confidence import (
     LEAST_FITTED,
     MEASURES,
@@ -14,6 +15,7 @@ from router.student_confidence import (
     fit_confidence,
     measures_of,
     unfitted,
+    unseen_confidence,
 )
 
 CLUSTERS = 4
@@ -41,7 +43,7 @@ def test_chances_are_learned_for_each_cluster_and_kind_of_text() -> None:
     found = confidence_of(seen, coefficients)
     assert np.abs(found - chance).mean() < 0.01
     assert np.abs(found - chance).max() < 0.1
-    assert [guess.confidence for guess in seen.guesses(coefficients)] == found.tolist()
+    assert [guess.confidence for guess in seen.guesses(found)] == found.tolist()
 
 
 def test_no_coefficients_would_have_been_likelier() -> None:
@@ -95,3 +97,31 @@ def test_a_kind_of_too_few_texts_is_judged_as_the_other() -> None:
     long, short = fit_confidence(seen, both, CLUSTERS)
     assert np.array_equal(long, fit_confidence(many, right, CLUSTERS)[0])
     assert np.abs(short - long).max() < 0.5
+
+
+def test_limits_hold_though_every_cluster_has_a_constant() -> None:
+    """Drawn from the texts that the constants were fitted on, they would keep 98% here."""
+    clusters, kept, promised = 1000, [], []
+    for seed in range(4):
+        seen, right = many(3000, clusters, seed)
+        fresh, fresh_right = many(20_000, clusters, 100 + seed)
+        own = unseen_confidence(seen, right, clusters)
+        limits = sure_from(own, np.ones(3000), right, target=0.99, floor=0.0)
+        assert limits.confidence is not None
+        later = confidence_of(fresh, fit_confidence(seen, right, clusters))
+        kept.append(fresh_right[later >= limits.confidence].mean())
+        optimistic = confidence_of(seen, fit_confidence(seen, right, clusters))
+        loose = sure_from(optimistic, np.ones(3000), right, target=0.99, floor=0.0)
+        promised.append(fresh_right[later >= (loose.confidence or 1)].mean())
+    assert np.mean(kept) >= 0.99
+    assert np.mean(promised) < 0.99, "or this test shows nothing"
+
+
+def many(count: int, clusters: int, seed: int) -> tuple[Seen, npt.NDArray[np.bool_]]:
+    """Guesses among many clusters, none of which is harder than the others."""
+    rng = np.random.default_rng(seed)
+    measures = np.zeros((count, MEASURES), dtype=np.float32)
+    measures[:, 0] = rng.gamma(2, 2, count)
+    best = rng.integers(clusters, size=(count, 2))
+    seen = Seen(measures[:, :2], best, measures, np.zeros(count, dtype=np.bool_))
+    return seen, rng.random(count) < 1 / (1 + np.exp(-measures[:, 0]))

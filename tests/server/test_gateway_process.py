@@ -91,7 +91,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_it_listens_when_started_and_is_gone_when_stopped(tmp_path: Path) -> None:
+def test_it_listens_when_started_and_is_gone_when_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in module.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     gateway = make(tmp_path)
     gateway.start()
     try:
