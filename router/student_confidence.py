@@ -94,12 +94,7 @@ def seen_of_two(guesses: Sequence[Guess], texts: Sequence[str]) -> Seen:
     score."""
     scores_NT = np.stack([guess.scores for guess in guesses])
     values_NT = np.asarray(scores_NT / TEMPERATURE, dtype=np.float32)
-    margins_N = (
-        values_NT[:, 0] - values_NT[:, 1]
-        if values_NT.shape[1] > 1
-        else np.full(len(values_NT), LARGEST)
-    )
-    measures_NM = np.stack([np.minimum(margins_N, LARGEST), scores_NT[:, 0]], axis=1)
+    measures_NM = np.stack([_margins(values_NT), scores_NT[:, 0]], axis=1)
     return Seen(
         values_NT,
         np.stack([guess.clusters for guess in guesses]),
@@ -118,11 +113,10 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
         words_N: words of each text.
     """
     first_N = best_NT[:, 0]
-    margin_N = first_N - best_NT[:, 1] if best_NT.shape[1] > 1 else np.full_like(first_N, LARGEST)
+    margin_N = _margins(best_NT)
     # The log odds of the best against all others together.
     total_N = np.exp(logits_NK - first_N[:, None]).sum(axis=1)
     odds_N = -np.log(np.maximum(total_N - 1, SMALLEST))
-    margin_N = np.minimum(margin_N, LARGEST)
     measures = np.empty((len(first_N), MEASURES), dtype=np.float32)
     measures[:, 0] = margin_N
     measures[:, 1] = odds_N
@@ -131,6 +125,15 @@ def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: 
     measures[:, 4] = margin_N * unknown_N
     measures[:, 5] = first_N * TEMPERATURE
     return measures
+
+
+def _margins(best_NT: Floats) -> Floats:
+    """By how much the best logits lead; `LARGEST` at the most, and where there is no other."""
+    first_N = best_NT[:, 0]
+    if best_NT.shape[1] == 1:
+        return np.full_like(first_N, LARGEST)
+    margins_N: Floats = np.minimum(first_N - best_NT[:, 1], LARGEST)
+    return margins_N
 
 
 def confidence_of(seen: Seen, coefficients: Floats) -> Floats:
