@@ -35,8 +35,8 @@ from router.student_confidence import (
 from router.tokens import Ids, in_batches, padded, session_of, tokens_of
 
 FORMAT = 1
-TOKENS = 64
-"""Tokens of a text that it reads."""
+TOKENS = 128
+"""Most tokens of a text that it reads, where the embedder reads more."""
 TOKENIZER, CONFIDENCE = "tokenizer", "confidence"
 
 

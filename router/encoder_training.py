@@ -66,7 +66,8 @@ def train_encoder(
     """Teach the embedder's first layers; on the embedder's device.
 
     On a CPU the same seed, data and number of threads give the same arrays. The pace is bounded:
-    of each text `TOKENS` tokens are read, and `MOST_TOKENS` in all.
+    of each text as many tokens are read as the embedder reads, up to `TOKENS`, and `MOST_TOKENS` in
+    all.
 
     Args:
         embedder: one that `can_be_cut`.
@@ -84,8 +85,9 @@ def train_encoder(
 
     bert = _cut(embedder, layers)
     device = embedder.model.device
-    tokenizer = _tokenizer(embedder)
-    ids = tokens_of(tokenizer, texts, TOKENS)
+    limit = min(embedder.max_tokens or TOKENS, TOKENS)
+    tokenizer = _tokenizer(embedder, limit)
+    ids = tokens_of(tokenizer, texts, limit)
     targets = best_targets(cosines, np.arange(len(texts)))
     rng = np.random.default_rng(seed)
     width, clusters = bert.config.hidden_size, targets.total
@@ -113,7 +115,7 @@ def train_encoder(
             loss_of(logits_BK, targets, places).backward()
             optimizer.step()
     on_progress("teaching the encoder", steps, steps)
-    arrays = _arrays(bert) | {
+    arrays = _arrays(bert, limit) | {
         name: part.detach().cpu().numpy() for name, part in zip(HEAD, head, strict=True)
     }
     arrays[TOKENIZER] = np.frombuffer(tokenizer.to_str().encode(), dtype=np.uint8)
@@ -143,12 +145,12 @@ def _cut(embedder: SentenceEmbedder, layers: int) -> Any:
     return bert
 
 
-def _tokenizer(embedder: SentenceEmbedder) -> Any:
+def _tokenizer(embedder: SentenceEmbedder, limit: int) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(embedder.model.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_truncation(limit)
     return tokenizer
 
 
@@ -188,8 +190,9 @@ def _pooled(bert: Any, ids: Sequence[Sequence[int]], device: Any) -> Any:
     return (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
 
 
-def _arrays(bert: Any) -> dict[str, npt.NDArray[Any]]:
-    """The transformer's weights as `Encoder` names them; products from the right."""
+def _arrays(bert: Any, limit: int) -> dict[str, npt.NDArray[Any]]:
+    """The transformer's weights as `Encoder` names them, with places for `limit` tokens; products
+    from the right."""
 
     def of(module: Any) -> list[npt.NDArray[Any]]:
         weight, bias = (
@@ -201,7 +204,7 @@ def _arrays(bert: Any) -> dict[str, npt.NDArray[Any]]:
     kinds = table.token_type_embeddings.weight[0]
     found = {
         WORDS: table.word_embeddings.weight.detach().cpu().half().numpy(),
-        ENTRY[0]: (table.position_embeddings.weight[:TOKENS] + kinds).detach().cpu().numpy(),
+        ENTRY[0]: (table.position_embeddings.weight[:limit] + kinds).detach().cpu().numpy(),
     }
     found[ENTRY[1]], found[ENTRY[2]] = of(table.LayerNorm)
     for number, layer in enumerate(bert.encoder.layer):

@@ -21,8 +21,6 @@ Flags = npt.NDArray[np.bool_]
 
 TRIED_SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
 """Of the disagreements that the target leaves, what a first student may have before a second."""
-TRIED_DEVIATIONS = 1.5
-"""Certainty of limits that are the best of several."""
 ENCODER_WORK = 0.3
 """Of an encoder for a text, as a share of the embedder's."""
 WORK_OF_TWO = 1.1
@@ -68,8 +66,6 @@ class Terms:
     """Cosine below which the router abstains."""
     target: float
     """Agreement that is asked for."""
-    deviations: float = 1.0
-    """Standard deviations by which it must be certain."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,6 @@ def measure(
             right[rows],
             target=terms.target,
             floor=terms.threshold,
-            deviations=terms.deviations,
             before=before,
         )
 
@@ -186,7 +181,7 @@ def measure_pair(
     """How sure each of two students must be for the least work, together within the target.
 
     What the first may get wrong is taken from what is left for the second, which errs less: so the
-    first gets a share of it, the best of some that are tried, and is then asked for more certainty.
+    first gets a share of it, the best of some that are tried.
 
     Args:
         exam: of the one that is asked first.
@@ -199,15 +194,14 @@ def measure_pair(
         None where the two would answer no more than the first alone, or leave more than
         `WORK_OF_TWO` times its work.
     """
-    strict = replace(terms, deviations=TRIED_DEVIATIONS)
     part = exam.of(rows)
     _, alone = measure(exam, first, terms)
     unanswered = float(np.mean(~alone.of(rows).sure))
     best: Pair | None = None
     for share in TRIED_SHARES:
-        stricter = replace(strict, target=1 - share * (1 - terms.target))
+        stricter = replace(terms, target=1 - share * (1 - terms.target))
         one, answers = measure(exam, first, stricter)
-        two, both = measure(part, second, strict, Earlier(exam, answers, rows))
+        two, both = measure(part, second, terms, Earlier(exam, answers, rows))
         work = _work(answers.of(rows).sure, both.sure)
         if np.mean(~both.sure) < unanswered and (best is None or work < best.work):
             best = Pair(one, two, work)

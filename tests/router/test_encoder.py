@@ -75,7 +75,7 @@ def test_the_graph_computes_what_was_trained(
     bert = encoder_training._cut(minilm, 1).eval()
     head = {name: arrays[name] for name in (*HEAD, "tokenizer")}
     of_eight, of_32 = (
-        Encoder(encoder_training._arrays(bert) | head, {**settings, "levels": levels})
+        Encoder(encoder_training._arrays(bert, 128) | head, {**settings, "levels": levels})
         for levels in (levels_here(), LEVELS + 1)
     )
     texts = [*mixture.heldout, *ODD]
@@ -97,6 +97,24 @@ def test_a_text_is_guessed_alone_as_among_others(learnt: Learnt, mixture: Mixtur
         np.testing.assert_allclose(alone.scores, among.scores, atol=1e-5)
         assert alone.confidence == pytest.approx(among.confidence, abs=1e-5)
     assert encoder.guess_many([]) == []
+
+
+def test_it_reads_what_the_embedder_reads_and_no_more(
+    minilm: SentenceEmbedder, learnt: Learnt
+) -> None:
+    encoder = Encoder(*learnt)
+
+    def differs(words: int) -> tuple[bool, bool]:
+        one, other = ("long " * words + word for word in ("river", "engine"))
+        guesses, vectors = encoder.guess_many([one, other]), minilm.encode([one, other])
+        return (
+            not np.allclose(guesses[0].scores, guesses[1].scores, atol=1e-6),
+            not np.allclose(vectors[0], vectors[1], atol=1e-6),
+        )
+
+    assert minilm.max_tokens == 128
+    assert differs(120) == (True, True)
+    assert differs(130) == (False, False)
 
 
 def test_the_embedder_stays_as_it_was_and_a_seed_gives_the_same(
