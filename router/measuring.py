@@ -178,7 +178,7 @@ def measure(
 def measure_pair(
     exam: Exam, first: Sequence[Guess], rows: Indices, second: Sequence[Guess], terms: Terms
 ) -> Pair | None:
-    """How sure each of two students must be for the least work, together within the target.
+    """How sure each of two students must be to answer most, together within the target.
 
     What the first may get wrong is taken from what is left for the second, which errs less: so the
     first gets a share of it, the best of some that are tried.
@@ -196,16 +196,18 @@ def measure_pair(
     """
     part = exam.of(rows)
     _, alone = measure(exam, first, terms)
-    unanswered = float(np.mean(~alone.of(rows).sure))
+    answered = float(np.mean(alone.of(rows).sure))
+    most_work = WORK_OF_TWO * (1 - answered)
     best: Pair | None = None
     for share in TRIED_SHARES:
         stricter = replace(terms, target=1 - share * (1 - terms.target))
         one, answers = measure(exam, first, stricter)
         two, both = measure(part, second, terms, Earlier(exam, answers, rows))
         work = _work(answers.of(rows).sure, both.sure)
-        if np.mean(~both.sure) < unanswered and (best is None or work < best.work):
-            best = Pair(one, two, work)
-    return best if best is not None and best.work <= WORK_OF_TWO * unanswered else None
+        share_answered = float(np.mean(both.sure))
+        if share_answered > answered and work <= most_work:
+            answered, best = share_answered, Pair(one, two, work)
+    return best
 
 
 def _work(first: Flags, both: Flags) -> float:

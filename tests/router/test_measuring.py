@@ -64,19 +64,21 @@ def test_a_second_student_takes_over_where_it_answers_more() -> None:
     assert measure_pair(exam, first, rows, second, certain) is None
 
 
-def test_two_may_leave_little_more_work_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(3)
+def test_two_answer_the_more_the_more_work_they_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
     clusters = rng.integers(4, size=6000)
     exam, rows, terms = exam_of(clusters), np.arange(6000), Terms(threshold=0.5, target=0.99)
-    first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.2)
-    monkeypatch.setattr(measuring, "WORK_OF_TWO", 9.0)
-    unanswered = 1 - measure(exam, first, terms)[0].documents.answered
-    found = measure_pair(exam, first, rows, second, terms)
-    assert found is not None
-    assert found.second.documents.answered > 1 - unanswered
-    for limit in (0.99, 1.01):
-        monkeypatch.setattr(measuring, "WORK_OF_TWO", limit * found.work / unanswered)
-        assert (measure_pair(exam, first, rows, second, terms) is not None) == (limit > 1)
+    first, second = guessed(rng, clusters, 0.2), guessed(rng, clusters, 0.05)
+    alone = measure(exam, first, terms)[0].documents.answered
+    answered = []
+    for limit in (0.1, *np.linspace(0.45, 0.55, 11), 9.0):
+        monkeypatch.setattr(measuring, "WORK_OF_TWO", limit)
+        pair = measure_pair(exam, first, rows, second, terms)
+        assert pair is None or pair.work <= limit * (1 - alone)
+        answered.append(alone if pair is None else pair.second.documents.answered)
+    assert answered == sorted(answered)
+    assert answered[0] == alone < answered[-1], "none is kept that leaves too much"
+    assert len(set(answered)) > 2, "nor the best of all where a lesser one leaves less"
 
 
 def test_a_second_student_is_measured_on_fewer_texts() -> None:
