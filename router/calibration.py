@@ -127,13 +127,14 @@ def sure_from(
     target: float,
     floor: float,
     before: Before = NOTHING_BEFORE,
+    deviations: float = 1.0,
 ) -> Sureness:
     """The limits that let the student answer most while its agreement holds the target.
 
     What counts is not the agreement measured but its bound: with k disagreements among n answers,
-    k + sqrt(k + 3/4) + 1, the upper limit of one standard deviation on k (Gehrels 1986, equation
-    7), over n must be no more than what the target leaves. So a few lucky texts allow nothing: at
-    99% it takes 187 without any disagreement.
+    k + S sqrt(k + 3/4) + (S^2 + 3) / 4, the upper limit of S standard deviations on k (Gehrels
+    1986, equation 10), over n must be no more than what the target leaves. So a few lucky texts
+    allow nothing: at 99% and one deviation it takes 187 without any disagreement.
 
     Args:
         confidences: of the student, shape (N,).
@@ -142,6 +143,7 @@ def sure_from(
         target: least agreement.
         floor: no estimate below it is believed: the threshold of abstention.
         before: answers of another student to other texts; the target is that of all together.
+        deviations: S; more where the limits are the best of several that were tried.
     """
     confidence = np.asarray(confidences, dtype=np.float64)
     score = np.asarray(scores, dtype=np.float64)
@@ -152,7 +154,7 @@ def sure_from(
     floors = {floor, *(max(floor, float(np.quantile(score, share))) for share in TRIED_FLOORS)}
     for least in sorted(floors):
         kept = score >= least
-        count, limit = _most_answers(confidence[kept], right[kept], target, before)
+        count, limit = _most_answers(confidence[kept], right[kept], target, before, deviations)
         if count > best.answered * right.size:
             believed = kept & (confidence >= limit)
             best = Sureness(
@@ -170,13 +172,14 @@ def _most_answers(
     right: npt.NDArray[np.bool_],
     target: float,
     before: Before,
+    deviations: float,
 ) -> tuple[int, float]:
     """How many of the most confident answers hold the target, and the least confident of them."""
     order = np.argsort(-confidence, kind="stable")
     falling = confidence[order]
     wrong = np.cumsum(~right[order])
     answers = before.answers + np.arange(1, len(order) + 1)
-    bound = _upper_limit(before.wrong + wrong, before.variance + wrong) / answers
+    bound = _upper_limit(before.wrong + wrong, deviations, before.variance + wrong) / answers
     # Equal confidences are believed together or not at all.
     last = np.append(falling[1:] < falling[:-1], True)[: len(order)]
     good = np.flatnonzero(last & (bound <= 1 - target + 1e-12))
@@ -185,7 +188,7 @@ def _most_answers(
 
 def doubted_below(leads: npt.ArrayLike, agrees: npt.ArrayLike, target: float) -> float:
     """The least lead up to which decisions of lower precision must be made again in full, for the
-    bound on their disagreements (as in `sure_from`) to hold the target; 0 where
+    bound on their disagreements (as in `sure_from`, of one deviation) to hold the target; 0 where
     it holds as they are.
 
     Where the texts are too few for any bound to hold it, no disagreement is left to stand.
@@ -198,15 +201,17 @@ def doubted_below(leads: npt.ArrayLike, agrees: npt.ArrayLike, target: float) ->
     wrong = np.sort(np.asarray(leads, dtype=np.float64)[~np.asarray(agrees, dtype=np.bool_)])
     counts = np.arange(wrong.size + 1)
     allowed = (1 - target) * np.size(leads) + 1e-12
-    stand = int(counts[(counts == 0) | (_upper_limit(counts) <= allowed)].max())
+    stand = int(counts[(counts == 0) | (_upper_limit(counts, 1.0) <= allowed)].max())
     return float(wrong[wrong.size - stand - 1]) if stand < wrong.size else 0.0
 
 
 def _upper_limit(
-    wrong: npt.ArrayLike, variance: npt.ArrayLike | None = None
+    wrong: npt.ArrayLike, deviations: float, variance: npt.ArrayLike | None = None
 ) -> npt.NDArray[np.float64]:
     """Of disagreements, where so many were seen; their variance is their number by default."""
     seen = np.asarray(wrong, dtype=np.float64)
     spread = seen if variance is None else np.asarray(variance, dtype=np.float64)
-    limit: npt.NDArray[np.float64] = seen + np.sqrt(spread + 0.75) + 1
+    limit: npt.NDArray[np.float64] = (
+        seen + deviations * np.sqrt(spread + 0.75) + (deviations**2 + 3) / 4
+    )
     return limit

@@ -182,7 +182,7 @@ def distil(
     second = together.guesses(unseen_confidence(together, right, len(centroids)))
     pair = measure_pair(exam, guesses, rows, second, terms)
     if pair is None:
-        logger.info("the encoder would answer too little more for its work, so there is none")
+        logger.info("the encoder would answer too little for its work, so there is none")
         return alone
     _tell("student with its encoder", pair.second)
     return step(student, pair.first, lessons, step(encoder, pair.second, len(known.texts)))

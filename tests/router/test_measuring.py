@@ -59,26 +59,26 @@ def test_a_second_student_takes_over_where_it_answers_more() -> None:
     assert pair.first.target >= terms.target
     left = 1 - pair.first.documents.answered, 1 - pair.second.documents.answered
     assert pair.work == pytest.approx(ENCODER_WORK * left[0] + left[1])
-    assert measure_pair(exam, first, rows, guessed(rng, clusters, 1.0), terms) is None
+    assert measure_pair(exam, first, rows, guessed(rng, clusters, 20.0), terms) is None
     certain = Terms(threshold=0.5, target=1.0)
     assert measure_pair(exam, first, rows, second, certain) is None
 
 
-def test_two_answer_the_more_the_more_work_they_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(2)
+def test_two_are_kept_where_they_leave_less_work_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
     clusters = rng.integers(4, size=6000)
     exam, rows, terms = exam_of(clusters), np.arange(6000), Terms(threshold=0.5, target=0.99)
-    first, second = guessed(rng, clusters, 0.2), guessed(rng, clusters, 0.05)
-    alone = measure(exam, first, terms)[0].documents.answered
-    answered = []
-    for limit in (0.1, *np.linspace(0.45, 0.55, 11), 9.0):
-        monkeypatch.setattr(measuring, "WORK_OF_TWO", limit)
+    first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.2)
+    left = 1 - measure(exam, first, terms)[0].documents.answered
+    shares = []
+    for cost in (0.0, 0.1, 0.2, 0.4, 2.0):
+        monkeypatch.setattr(measuring, "ENCODER_WORK", cost)
         pair = measure_pair(exam, first, rows, second, terms)
-        assert pair is None or pair.work <= limit * (1 - alone)
-        answered.append(alone if pair is None else pair.second.documents.answered)
-    assert answered == sorted(answered)
-    assert answered[0] == alone < answered[-1], "none is kept that leaves too much"
-    assert len(set(answered)) > 2, "nor the best of all where a lesser one leaves less"
+        assert pair is None or pair.work < left
+        shares.append(0.0 if pair is None else pair.second.documents.answered)
+    assert shares == sorted(shares, reverse=True), "the dearer the second, the less it is asked"
+    assert shares[0] > 1 - left
+    assert shares[-1] == 0, "what costs more than the embedder is not kept"
 
 
 def test_a_second_student_is_measured_on_fewer_texts() -> None:
