@@ -180,7 +180,6 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        await parts.upstream.start()
         tasks = [
             asyncio.create_task(_follow(parts, table_source)),
             asyncio.create_task(parts.keyring.follow()),
@@ -194,7 +193,7 @@ def _life(parts: Parts, table_source: TableSource) -> Any:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             parts.routing.close()
-            await parts.upstream.close()
+            parts.upstream.close()
             await parts.recorder.close()
             parts.store.close()
 

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 
-import aiohttp
 from starlette.types import Receive, Scope, Send
 
 from server.gateway.admission import Group
@@ -23,6 +22,7 @@ from server.gateway.client import (
     abort_connection,
     read_body,
 )
+from server.gateway.connection import Answer
 from server.gateway.engine_errors import SetbackError
 from server.gateway.errors import (
     DeadlineError,
@@ -286,7 +286,7 @@ class Exchange:
             if wanted is not None:
                 parts.chooser.demand[wanted] += time.perf_counter() - began
 
-    async def _post(self, passage: Passage, home: Home) -> aiohttp.ClientResponse:
+    async def _post(self, passage: Passage, home: Home) -> Answer:
         call, head, target = passage.call, passage.head, passage.target
         assert call is not None
         assert head is not None

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 
-import aiohttp
 from starlette.types import Message, Send
 
+from server.gateway.connection import Answer
 from server.gateway.engine_errors import SetbackError, read_engine_error, read_setback
 from server.gateway.errors import (
     EngineLostError,
@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 RawHeaders = list[tuple[bytes, bytes]]
 
 
-async def hand_back(
-    parts: Parts, passage: Passage, response: aiohttp.ClientResponse, send: Send
-) -> bool:
+async def hand_back(parts: Parts, passage: Passage, response: Answer, send: Send) -> bool:
     """Send an engine's answer to the client; whether it came to its end.
 
     Raises:
@@ -39,14 +37,12 @@ async def hand_back(
         EngineTimeoutError: the engine was silent for too long, and nothing has been sent.
         SetbackError: another home is to be asked, and nothing has been sent.
     """
-    if response.status < 400 and response.content_type == "text/event-stream":
+    if response.status < 400 and response.content_type == b"text/event-stream":
         return await _stream(parts, passage, response, send)
     return await _whole(parts, passage, response, send)
 
 
-async def _whole(
-    parts: Parts, passage: Passage, response: aiohttp.ClientResponse, send: Send
-) -> bool:
+async def _whole(parts: Parts, passage: Passage, response: Answer, send: Send) -> bool:
     observation, call = passage.observation, passage.call
     assert call is not None
     assert passage.lifeline is not None
@@ -98,9 +94,7 @@ def _look_for_setback(parts: Parts, passage: Passage, status: int, body: bytes) 
     return False
 
 
-async def _stream(
-    parts: Parts, passage: Passage, response: aiohttp.ClientResponse, send: Send
-) -> bool:
+async def _stream(parts: Parts, passage: Passage, response: Answer, send: Send) -> bool:
     """Pass events on; a client that takes none of them for too long loses its stream."""
     observation, lifeline = passage.observation, passage.lifeline
     assert lifeline is not None
@@ -160,12 +154,12 @@ def note_failure(parts: Parts, worker: str, error: GatewayError) -> bool:
     return parts.chooser.breakers.failed(worker)
 
 
-def _headers(response: aiohttp.ClientResponse, passage: Passage) -> RawHeaders:
+def _headers(response: Answer, passage: Passage) -> RawHeaders:
     """The engine's headers, less those of its connection, and what this gateway has to say."""
     target, observation = passage.target, passage.observation
     assert target is not None
     route = observation.route
-    headers = [(n, v) for n, v in response.raw_headers if n.lower() not in NOT_RETURNED]
+    headers = [(n, v) for n, v in response.headers if n.lower() not in NOT_RETURNED]
     headers += (
         (b"x-request-id", observation.request_id.encode()),
         (b"x-introvert-expert", target.label.encode()),

@@ -7,14 +7,15 @@ clients, models or routing.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
-import aiohttp
 from multidict import CIMultiDict
-from yarl import URL
 
 from configs.schema import GatewayConfig
+from server.gateway.connection import Answer, BrokenError, Connection, SilentError
 from server.gateway.errors import EngineLostError, EngineTimeoutError
 
 IDLE_CONNECTION_S = 4.0
@@ -40,6 +41,10 @@ EVENT_END = (b"\n\n", b"\r\n\r\n")
 """A blank line ends a server-sent event (WHATWG HTML, section 9.2.6)."""
 
 
+Place = tuple[str, int]
+"""Host and port."""
+
+
 class UnreachableError(Exception):
     """The engine took no connection, so it has not seen the request."""
 
@@ -48,79 +53,75 @@ class Upstream:
     """Pooled connections to all engines."""
 
     def __init__(self, config: GatewayConfig, *, engine_key: str | None = None) -> None:
-        """A pool that is not open yet.
+        """A pool without a connection.
 
         Args:
             config: timeouts, and connections at the most.
             engine_key: what engines ask for; none: nothing.
         """
         self._config = config
-        self._authorization = f"Bearer {engine_key}" if engine_key else None
-        self._session: aiohttp.ClientSession | None = None
-        self._urls: dict[tuple[str, str], URL] = {}
+        self._authorization = f"authorization: Bearer {engine_key}\r\n" if engine_key else ""
+        self._room = asyncio.Semaphore(config.max_connections)
+        self._connections: dict[Connection, Place] = {}
+        self._idle: dict[Place, list[Connection]] = {}
+        self._places: dict[tuple[str, str], tuple[Place, bytes]] = {}
 
-    async def start(self) -> None:
-        """Open the pool."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._config.max_connections,
-                keepalive_timeout=IDLE_CONNECTION_S,
-                socket_factory=_open_socket,
-            ),
-            timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=self._config.connect_timeout_s,
-                sock_read=self._config.request_timeout_s,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        )
+    def close(self) -> None:
+        """Break off every connection."""
+        for connection in list(self._connections):
+            connection.close()
 
-    async def close(self) -> None:
-        """Close every connection."""
-        if self._session is not None:
-            await self._session.close()
+    async def post(self, root: str, path: str, body: bytes, headers: CIMultiDict[str]) -> Answer:
+        """Send a request and wait for the answer's head; the caller closes the answer.
 
-    async def post(
-        self, root: str, path: str, body: bytes, headers: CIMultiDict[str]
-    ) -> aiohttp.ClientResponse:
-        """Send a request and wait for the answer's head; the caller closes or drains the answer.
+        Args:
+            root: URL of the engine.
+            path: what is asked there.
+            body: JSON.
+            headers: those that are not about the connection.
 
         Raises:
             UnreachableError: no connection could be made.
             EngineLostError: the connection broke before the head had come.
             EngineTimeoutError: the engine was silent for too long.
         """
-        assert self._session is not None, "start() comes first"
-        if self._authorization is not None:
-            headers["authorization"] = self._authorization
+        place, begin = self._place(root, path)
+        request = _request(begin, headers, body)
+        await self._room.acquire()
+        connection = self._rested(place)
+        if connection is None:
+            try:
+                connection = await self._connect(place)
+            except BaseException:
+                self._room.release()
+                raise
+        answer = connection.ask(request)
         try:
-            return await self._session.post(
-                self._url(root, path), data=body, headers=headers, allow_redirects=False
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise UnreachableError(str(error)) from error
-        except aiohttp.ServerTimeoutError:
+            await answer.head()
+        except SilentError:
             raise self._silent() from None
-        except aiohttp.ClientError:
+        except BrokenError:
             raise self._lost() from None
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
-    async def whole(self, response: aiohttp.ClientResponse) -> bytes:
-        """The whole body of an answer, its connection given back.
+    async def whole(self, answer: Answer) -> bytes:
+        """The whole body of an answer.
 
         Raises:
             EngineLostError: the connection broke before the end.
             EngineTimeoutError: the engine was silent for too long.
         """
         try:
-            return await response.read()
-        except aiohttp.ServerTimeoutError:
+            return await answer.read()
+        except SilentError:
             raise self._silent() from None
-        except aiohttp.ClientError:
+        except BrokenError:
             raise self._lost() from None
 
-    async def events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         """The bytes of an event stream, as they come, cut only where an event ends.
 
         An event of which a part has not come yet is held back, so that whatever is written after
@@ -132,24 +133,71 @@ class Upstream:
         """
         held = b""
         try:
-            async for chunk in response.content.iter_any():
+            async for chunk in answer.chunks():
                 ready, held = whole_events(held + chunk if held else chunk)
                 if ready:
                     yield ready
-        except aiohttp.ServerTimeoutError:
+        except SilentError:
             raise self._silent() from None
-        except aiohttp.ClientError:
+        except BrokenError:
             raise self._lost() from None
         if held:
             yield held
 
-    def _url(self, root: str, path: str) -> URL:
-        url = self._urls.get((root, path))
-        if url is None:
-            if len(self._urls) >= 4096:  # engines move to new ports for as long as we live
-                self._urls.clear()
-            url = self._urls[(root, path)] = URL(root + path)
-        return url
+    def _place(self, root: str, path: str) -> tuple[Place, bytes]:
+        """Where an engine listens, and how a request to it begins."""
+        found = self._places.get((root, path))
+        if found is None:
+            if len(self._places) >= 4096:  # engines move to new ports for as long as we live
+                self._places.clear()
+            url = urlsplit(root)
+            if url.scheme != "http" or not url.hostname:
+                raise UnreachableError(f"'{root}' is not the http:// URL of an engine")
+            place = url.hostname, url.port or 80
+            begin = f"POST {url.path}{path} HTTP/1.1\r\nhost: {url.netloc}\r\n{self._authorization}"
+            found = self._places[(root, path)] = place, begin.encode("latin-1")
+        return found
+
+    def _rested(self, place: Place) -> Connection | None:
+        """The connection that was used last, if there is one."""
+        idle = self._idle.get(place)
+        while idle:
+            connection = idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    async def _connect(self, place: Place) -> Connection:
+        config, loop = self._config, asyncio.get_running_loop()
+
+        def made() -> Connection:
+            return Connection(config.request_timeout_s, IDLE_CONNECTION_S, self._ended, self._gone)
+
+        try:
+            async with asyncio.timeout(config.connect_timeout_s):
+                transport, connection = await loop.create_connection(made, *place)
+            opened = transport.get_extra_info("socket")
+            for level, option, value in SOCKET_OPTIONS:
+                opened.setsockopt(level, option, value)
+        except OSError as error:  # TimeoutError is one
+            raise UnreachableError(str(error) or "no connection was made in time") from error
+        self._connections[connection] = place
+        return connection
+
+    def _ended(self, connection: Connection, again: bool) -> None:
+        """An answer is at its end."""
+        self._room.release()
+        place = self._connections.get(connection)
+        if again and place is not None:
+            self._idle.setdefault(place, []).append(connection)
+
+    def _gone(self, connection: Connection) -> None:
+        place = self._connections.pop(connection, None)
+        idle = self._idle.get(place) if place is not None else None
+        if idle is not None and connection in idle:
+            idle.remove(connection)
+        if idle == [] and place is not None:
+            del self._idle[place]
 
     def _lost(self) -> EngineLostError:
         return EngineLostError(
@@ -165,12 +213,16 @@ class Upstream:
         )
 
 
-def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    family, kind, protocol, *_ = address
-    opened = socket.socket(family, kind, protocol)
-    for level, option, value in SOCKET_OPTIONS:
-        opened.setsockopt(level, option, value)
-    return opened
+def _request(begin: bytes, headers: CIMultiDict[str], body: bytes) -> bytes:
+    """The bytes of a request.
+
+    Raises:
+        ValueError: a header would be more than one line, and so a request within the request.
+    """
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if not lines.count("\r") == lines.count("\n") == len(headers):
+        raise ValueError("a header for the engine holds a line break")
+    return b"%b%bcontent-length: %d\r\n\r\n%b" % (begin, lines.encode("latin-1"), len(body), body)
 
 
 def whole_events(data: bytes) -> tuple[bytes, bytes]:
