@@ -162,6 +162,16 @@ def test_an_answer_that_breaks_off_is_never_taken_for_whole(
     asyncio.run(run())
 
 
+async def test_a_reset_is_the_end_of_no_answer() -> None:
+    """Of one whose length was not told, only an orderly end is."""
+    connection, _ = wired(Ends())
+    answer = connection.ask(ASK)
+    connection.data_received(framed("end", b"half of i", []))
+    connection.connection_lost(ConnectionResetError())
+    with pytest.raises(BrokenError):
+        await answer.read()
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -234,6 +244,13 @@ async def test_a_stream_that_nobody_takes_is_read_no_further() -> None:
     assert not wire.paused
     connection.data_received(b"x")
     assert await coming == b"x"
+    assert not wire.paused, "what was taken is held no more"
+    connection.data_received(bytes(2 * HELD_BYTES))
+    assert wire.paused
+    connection.data_received(bytes(size - 3 * HELD_BYTES - 2))
+    assert not wire.paused, "the next answer's reader cannot know of this one's"
+    assert sum([len(part) async for part in parts]) == size - HELD_BYTES - 2
+    assert ends.again == [True]
 
 
 async def test_a_whole_answer_is_read_however_large_it_is() -> None:
@@ -247,19 +264,42 @@ async def test_a_whole_answer_is_read_however_large_it_is() -> None:
     found = asyncio.create_task(answer.read())
     await asyncio.sleep(0)
     assert not wire.paused
-    connection.data_received(bytes(2 * HELD_BYTES))
-    assert not wire.paused
+    for _ in range(2):
+        connection.data_received(bytes(HELD_BYTES))
+        assert not wire.paused
     assert len(await found) == size
 
 
+async def test_patience_begins_with_what_is_waited_for() -> None:
+    """Neither the time between two questions counts nor that in which a client took nothing."""
+    connection, wire = wired(Ends(), silent_s=1.0, idle_s=1.0)
+    answer = connection.ask(ASK)
+    connection.data_received(OK)
+    await asyncio.sleep(0.7)
+    answer = connection.ask(ASK)
+    await asyncio.sleep(0.7)
+    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (HELD_BYTES + 2))
+    connection.data_received(bytes(HELD_BYTES + 1))
+    assert wire.paused
+    parts = answer.chunks()
+    await anext(parts)
+    await asyncio.sleep(0.7)
+    coming = asyncio.ensure_future(anext(parts))
+    await asyncio.sleep(0.7)
+    connection.data_received(b"x")
+    assert await coming == b"x"
+
+
 @contextlib.asynccontextmanager
-async def engine(serve: Serve) -> AsyncIterator[tuple[Connection, Ends]]:
-    """A connection to a server that is up to the test, and which gives up after 0.3 s."""
+async def engine(
+    serve: Serve, *, silent_s: float = 0.3, idle_s: float = 30.0
+) -> AsyncIterator[tuple[Connection, Ends]]:
+    """A connection to a server that is up to the test."""
     ends = Ends()
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     _, connection = await asyncio.get_running_loop().create_connection(
-        lambda: Connection(0.3, 0.3, ends.ended, ends.gone), "127.0.0.1", port
+        lambda: Connection(silent_s, idle_s, ends.ended, ends.gone), "127.0.0.1", port
     )
     try:
         yield connection, ends
@@ -375,7 +415,7 @@ async def test_an_idle_connection_is_closed() -> None:
         gone.set()
         writer.close()
 
-    async with engine(serve) as (connection, ends):
+    async with engine(serve, silent_s=30.0, idle_s=0.3) as (connection, ends):
         assert await connection.ask(ASK).read() == b"ok"
         assert connection.usable
         await asyncio.wait_for(gone.wait(), 5)

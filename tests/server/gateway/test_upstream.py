@@ -145,6 +145,17 @@ async def test_no_more_connections_than_may_be_are_used_at_once() -> None:
         assert len(told) == 3
 
 
+async def test_who_stops_waiting_for_an_answer_gives_up_its_place() -> None:
+    async with engine(b"", last=False, max_connections=1) as (upstream, root, told):
+        for asked in range(1, 4):
+            waiting = asyncio.create_task(ask(upstream, root))
+            while len(told) < asked:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+
 @pytest.mark.parametrize("root", ["https://127.0.0.1:1", "127.0.0.1:1", "http://:1"])
 async def test_what_is_no_url_of_an_engine_cannot_be_reached(root: str) -> None:
     upstream = Upstream(make_config().gateway)
