@@ -101,7 +101,8 @@ class Answer:
     async def _news(self) -> None:
         """Wait until something has come, or has ended it."""
         if self._error is not None:
-            raise self._error
+            # one of its own: a stored one would hold, by its traceback, all that waited for it
+            raise type(self._error)(*self._error.args)
         self._waiter = self._connection.loop.create_future()
         try:
             await self._waiter
@@ -160,7 +161,7 @@ class Connection(asyncio.Protocol):
         self._silent_s, self._idle_s = silent_s, idle_s
         self._on_end, self._on_lost = on_end, on_lost
         self._transport: asyncio.Transport | None = None
-        self._parser: Any = httptools.HttpResponseParser(self)
+        self._parser: Any = None
         self._answer: Answer | None = None
         self._headers: list[Header] = []
         self._paused = False
@@ -172,7 +173,10 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether something can be asked now."""
         transport = self._transport
-        return transport is not None and self._answer is None and not transport.is_closing()
+        if transport is None or self._answer is not None or transport.is_closing():
+            return False
+        # Where the event loop stood still, the timer that closes it may be as late as we are.
+        return self.loop.time() - self._since < self._idle_s
 
     def ask(self, request: bytes) -> Answer:
         """Send a request, head and body; its answer is awaited by what is returned."""
@@ -242,6 +246,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is there."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._parser = httptools.HttpResponseParser(self)
+        self._since = self.loop.time()
 
     def data_received(self, data: bytes) -> None:
         """Some bytes have come."""
@@ -281,7 +287,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         answer, transport = self._answer, self._transport
-        if answer is None or transport is None:
+        if answer is None or not answer.status or transport is None:
             return
         if answer.came(body) and not self._paused:
             self._paused = True

@@ -8,6 +8,7 @@ clients, models or routing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
@@ -17,6 +18,8 @@ from multidict import CIMultiDict
 from configs.schema import GatewayConfig
 from server.gateway.connection import Answer, BrokenError, Connection, SilentError
 from server.gateway.errors import EngineLostError, EngineTimeoutError
+
+logger = logging.getLogger(__name__)
 
 IDLE_CONNECTION_S = 4.0
 """An idle connection is dropped before vLLM drops it (after 5 s), so that no request is sent into
@@ -64,10 +67,12 @@ class Upstream:
         self._room = asyncio.Semaphore(config.max_connections)
         self._connections: dict[Connection, Place] = {}
         self._idle: dict[Place, list[Connection]] = {}
+        self._closed = False
         self._places: dict[tuple[str, str], tuple[Place, bytes]] = {}
 
     def close(self) -> None:
-        """Break off every connection."""
+        """Break off every connection, and those that are being made."""
+        self._closed = True
         for connection in list(self._connections):
             connection.close()
 
@@ -176,12 +181,13 @@ class Upstream:
         try:
             async with asyncio.timeout(config.connect_timeout_s):
                 transport, connection = await loop.create_connection(made, *place)
-            opened = transport.get_extra_info("socket")
-            for level, option, value in SOCKET_OPTIONS:
-                opened.setsockopt(level, option, value)
         except OSError as error:  # TimeoutError is one
             raise UnreachableError(str(error) or "no connection was made in time") from error
         self._connections[connection] = place
+        if self._closed:
+            connection.close()
+        else:
+            _set_options(transport.get_extra_info("socket"))
         return connection
 
     def _ended(self, connection: Connection, again: bool) -> None:
@@ -211,6 +217,14 @@ class Upstream:
             f"The engine was silent for {self._config.request_timeout_s:g} s. Ask for fewer tokens "
             "or stream, or have 'gateway.request_timeout_s' raised."
         )
+
+
+def _set_options(opened: socket.socket) -> None:
+    for level, option, value in SOCKET_OPTIONS:
+        try:
+            opened.setsockopt(level, option, value)
+        except OSError as error:  # without it a silent machine is noticed later, no more
+            logger.warning("option %d of connections to engines: %s", option, error)
 
 
 def _request(begin: bytes, headers: CIMultiDict[str], body: bytes) -> bytes:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
+import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -288,6 +291,41 @@ async def test_patience_begins_with_what_is_waited_for() -> None:
     await asyncio.sleep(0.7)
     connection.data_received(b"x")
     assert await coming == b"x"
+
+
+async def test_a_connection_that_has_lain_too_long_is_not_used() -> None:
+    """Its server closes it then. The timer may be late: here the event loop stands still."""
+    connection, _ = wired(Ends(), idle_s=0.2)
+    answer = connection.ask(ASK)
+    connection.data_received(OK)
+    assert await answer.read() == b"ok"
+    assert connection.usable
+    time.sleep(0.3)  # noqa: ASYNC251
+    assert not connection.usable
+
+
+async def test_a_lost_answer_holds_nothing() -> None:
+    """Whoever waited for it is freed at once, with all that was asked: engines die with many at
+    work, and the garbage collector comes late."""
+
+    class Asked:
+        pass
+
+    async def ask(connection: Connection) -> weakref.ref[Asked]:
+        asked = Asked()
+        answer = connection.ask(ASK)
+        connection.loop.call_soon(connection.connection_lost, None)
+        with pytest.raises(BrokenError):
+            await answer.head()
+        return weakref.ref(asked)
+
+    gc.collect()
+    gc.disable()
+    try:
+        connection, _ = wired(Ends())
+        assert (await ask(connection))() is None
+    finally:
+        gc.enable()
 
 
 @contextlib.asynccontextmanager

@@ -156,6 +156,27 @@ async def test_who_stops_waiting_for_an_answer_gives_up_its_place() -> None:
                 await waiting
 
 
+async def test_a_closed_pool_asks_nobody() -> None:
+    async with engine(b"", last=False, max_connections=1) as (upstream, root, told):
+        under_way, waiting = [asyncio.create_task(ask(upstream, root)) for _ in range(2)]
+        while not told:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        upstream.close()
+        for each in under_way, waiting:
+            with pytest.raises(EngineLostError):
+                await each
+        assert sum(map(len, told)) <= 1
+
+
+async def test_a_system_without_an_option_does_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.gateway.upstream.SOCKET_OPTIONS", ((socket.IPPROTO_TCP, 99, 1),))
+    async with engine(OK) as (upstream, root, _):
+        assert await ask(upstream, root) == b"ok"
+    assert "option 99" in caplog.text
+
+
 @pytest.mark.parametrize("root", ["https://127.0.0.1:1", "127.0.0.1:1", "http://:1"])
 async def test_what_is_no_url_of_an_engine_cannot_be_reached(root: str) -> None:
     upstream = Upstream(make_config().gateway)
