@@ -225,8 +225,11 @@ class Connection(asyncio.Protocol):
         if self._timer is None or self._due > now + seconds:
             if self._timer is not None:
                 self._timer.cancel()
-            self._due = now + seconds
-            self._timer = self.loop.call_later(seconds, self._look)
+            self._look_at(now + seconds)
+
+    def _look_at(self, moment: float) -> None:
+        self._due = moment
+        self._timer = self.loop.call_at(moment, self._look)
 
     def _look(self) -> None:
         self._timer = None
@@ -234,10 +237,8 @@ class Connection(asyncio.Protocol):
         if self._paused:
             self._since = now  # it is not the engine that is slow
         most = self._idle_s if self._answer is None else self._silent_s
-        left = self._since + most - now
-        if left > 0:
-            self._due = now + left
-            self._timer = self.loop.call_later(left, self._look)
+        if self._since + most > now:
+            self._look_at(self._since + most)
         else:
             self._end(SilentError(f"nothing has come for {most:g} s"))
 
@@ -298,9 +299,7 @@ class Connection(asyncio.Protocol):
         answer, transport = self._answer, self._transport
         if answer is None or not answer.status or transport is None:
             return
-        if self._paused:
-            self._paused = False
-            transport.resume_reading()
+        self.go_on(answer)
         again = bool(self._parser.should_keep_alive()) and not transport.get_write_buffer_size()
         self._finish(None, again=again)
         if again:

@@ -77,6 +77,14 @@ def wired(ends: Ends, *, silent_s: float = 60.0, idle_s: float = 60.0) -> tuple[
     return connection, wire
 
 
+def headed(ends: Ends, size: int) -> tuple[Connection, Wire, Answer]:
+    """An answer whose head has come, and whose body of so many bytes has not."""
+    connection, wire = wired(ends)
+    answer = connection.ask(ASK)
+    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
+    return connection, wire, answer
+
+
 async def take(answer: Answer, into: bytearray, *, streamed: bool) -> None:
     """An answer as it comes, or once it has."""
     await answer.head()
@@ -230,11 +238,8 @@ async def test_a_connection_that_is_not_to_be_used_again_is_not(data: bytes, uns
 
 
 async def test_a_stream_that_nobody_takes_is_read_no_further() -> None:
-    ends = Ends()
-    connection, wire = wired(ends)
-    answer = connection.ask(ASK)
-    size = 4 * HELD_BYTES
-    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
+    ends, size = Ends(), 4 * HELD_BYTES
+    connection, wire, answer = headed(ends, size)
     connection.data_received(bytes(HELD_BYTES))
     assert not wire.paused
     connection.data_received(bytes(1))
@@ -257,11 +262,8 @@ async def test_a_stream_that_nobody_takes_is_read_no_further() -> None:
 
 
 async def test_a_whole_answer_is_read_however_large_it_is() -> None:
-    ends = Ends()
-    connection, wire = wired(ends)
-    answer = connection.ask(ASK)
-    size = 4 * HELD_BYTES
-    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
+    ends, size = Ends(), 4 * HELD_BYTES
+    connection, wire, answer = headed(ends, size)
     connection.data_received(bytes(2 * HELD_BYTES))
     assert wire.paused
     found = asyncio.create_task(answer.read())
