@@ -32,6 +32,7 @@ def draw(path: Path, title: str, seconds: Sequence[float], panels: Sequence[Pane
     for number, panel in enumerate(panels):
         top = TOP + number * (HEIGHT + GAP) + 14
         parts += _panel(panel, seconds, top, COLOURS[number % len(COLOURS)])
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 

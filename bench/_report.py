@@ -55,6 +55,7 @@ class Report:
         say(table(["figure", "value", "unit", "goal", ""], rows))
         if path is not None:
             content = {"figures": self.figures, "conditions": self.conditions}
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(content, indent=2) + "\n")
         return 0 if all(figure["ok"] for figure in self.figures.values()) else 1
 

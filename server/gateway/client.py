@@ -12,6 +12,7 @@ from typing import Any, Literal
 from starlette.types import Receive
 
 from server.gateway.errors import BodyTooLargeError, RequestTimeoutError
+from server.gateway.hang_up import Watchers
 
 CLIENT_GONE = 499
 """Status under which a request is counted whose client hung up."""
@@ -88,12 +89,23 @@ async def _read(receive: Receive, limit: int) -> bytes:
 class Lifeline:
     """Cancels a task when its client hangs up, its time is over, or its answer is not taken.
 
-    Watching starts at once, so it comes after the body has been read.
+    Args:
+        watchers: of the client's connection (`server.gateway.hang_up`).
+        task: what is cancelled, until `stop`.
     """
 
-    __slots__ = ("_deadline", "_loop", "_stall", "_stall_s", "_task", "_watch", "end", "sending")
+    __slots__ = (
+        "_deadline",
+        "_loop",
+        "_stall",
+        "_stall_s",
+        "_task",
+        "_watchers",
+        "end",
+        "sending",
+    )
 
-    def __init__(self, receive: Receive, task: asyncio.Task[Any]) -> None:
+    def __init__(self, watchers: Watchers, task: asyncio.Task[Any]) -> None:
         self.end: End = ""
         """Why the task was cancelled; empty as long as it was not, or by somebody else."""
         self.sending = 0.0
@@ -103,7 +115,8 @@ class Lifeline:
         self._deadline: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._stall_s = 0.0
-        self._watch = self._loop.create_task(self._cancel_on_hang_up(receive))
+        self._watchers = watchers
+        watchers.add(self._gone)
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -127,7 +140,7 @@ class Lifeline:
 
     def stop(self) -> None:
         """Stop watching; the task is not cancelled from here on."""
-        self._watch.cancel()
+        self._watchers.discard(self._gone)
         self.unlimit()
         if self._stall is not None:
             self._stall.cancel()
@@ -144,9 +157,7 @@ class Lifeline:
             self.end = end
             self._task.cancel()
 
-    async def _cancel_on_hang_up(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def _gone(self) -> None:
         self._cut("gone")
 
 

@@ -32,6 +32,7 @@ from server.gateway.errors import (
     YieldingError,
     body_of,
 )
+from server.gateway.hang_up import watchers_of
 from server.gateway.parts import Parts
 from server.gateway.passage import Passage
 from server.gateway.protocol import Call, Endpoint, Head, new_request_id, read_head
@@ -96,7 +97,7 @@ class Exchange:
             passage.call = Call(body)
             task = asyncio.current_task()
             assert task is not None
-            lifeline = passage.lifeline = Lifeline(receive, task)
+            lifeline = passage.lifeline = Lifeline(watchers_of(scope), task)
             try:
                 seconds = _seconds(head, config.deadline_s)
                 if seconds is not None:

@@ -11,8 +11,6 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from configs.schema import GatewayConfig
 from server.gateway.errors import (
     BadRequestError,
@@ -21,6 +19,7 @@ from server.gateway.errors import (
     RequestTimeoutError,
     body_of,
 )
+from server.gateway.hang_up import WatchedConnection
 
 REQUEST_LINE_BYTES = 16 * 1024
 """Room for the request line beside the headers' own limit."""
@@ -37,7 +36,7 @@ def protocol_for(config: GatewayConfig) -> Any:
     )
 
 
-class LimitedHeads(HttpToolsProtocol):
+class LimitedHeads(WatchedConnection):
     """One connection."""
 
     def __init__(self, *arguments: Any, timeout_s: float, max_bytes: int, **named: Any) -> None:

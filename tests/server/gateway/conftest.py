@@ -18,11 +18,14 @@ import pytest
 import uvicorn
 from aiohttp import web
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from configs import RunConfig
+from configs.schema import GatewayConfig
 from router.conversation import Message
 from router.types import Candidate, Route
 from server.gateway.app import create_app
+from server.gateway.heads import protocol_for
 from server.gateway.parts import ALONE
 from server.gateway.routing import LoadedRouter, RouterSource
 from server.gateway.seat import Seat
@@ -266,6 +269,34 @@ class _Server(uvicorn.Server):
         yield
 
 
+@contextlib.asynccontextmanager
+async def connection_to(
+    application: ASGIApp, config: GatewayConfig
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a server of an application of one's own, as the gateway would serve it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = _Server(
+        uvicorn.Config(
+            application,
+            http=protocol_for(config),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+    finally:
+        server.should_exit = True
+        await task
+
+
 @dataclass
 class Gateway:
     """A running gateway."""
@@ -326,7 +357,11 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
     listening.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     config = uvicorn.Config(
-        app, http="httptools", access_log=False, log_config=None, timeout_graceful_shutdown=0
+        app,
+        http=protocol_for(GatewayConfig()),
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=0,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))

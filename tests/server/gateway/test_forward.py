@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import weakref
 from typing import Any
 
 import openai
 import pytest
 
+from server.gateway.client import Lifeline
 from server.gateway.protocol import ENDPOINTS
 from tests.server.gateway.conftest import (
     BASE,
@@ -493,6 +496,34 @@ async def test_a_hang_up_while_the_body_comes(house: House) -> None:
     sample = f'{REQUESTS}{{endpoint="{CHAT}",expert="none",status="499",worker="none"}}'
     await house.gateway.counts(sample)
     assert not house.sport.seen
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_of_an_answered_request_stays(
+    house: House, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifelines = []
+
+    class Noted(Lifeline):
+        __slots__ = ("__weakref__",)
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            lifelines.append(weakref.ref(self))
+
+    monkeypatch.setattr("server.gateway.forward.Lifeline", Noted)
+    gc.disable()  # what waits for it has been found in megabytes
+    try:
+        for _ in range(3):  # over one connection
+            body = chat("expert-0000", stream=stream)
+            async with house.gateway.http.post(house.gateway.url + CHAT, json=body) as response:
+                await response.read()
+        async with asyncio.timeout(60):
+            while any(kept() for kept in lifelines):  # noqa: ASYNC110 - nobody tells of an end
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+    assert len(lifelines) == 3
 
 
 async def test_running_requests_keep_their_home_when_the_table_changes(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
-from collections.abc import AsyncIterator
 
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from configs.schema import GatewayConfig
-from server.gateway.heads import REQUEST_LINE_BYTES, protocol_for
-from tests.server.gateway.conftest import _Server
+from server.gateway.heads import REQUEST_LINE_BYTES
+from tests.server.gateway.conftest import connection_to
 
 LIMIT = 4096
 
@@ -28,33 +25,12 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
-@contextlib.asynccontextmanager
-async def connected(
+def connected(
     timeout_s: float,
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+) -> contextlib.AbstractAsyncContextManager[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server with that limit."""
-    config = GatewayConfig(client_timeout_s=timeout_s, max_header_bytes=LIMIT)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = _Server(
-        uvicorn.Config(
-            application,
-            http=protocol_for(config),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            timeout_graceful_shutdown=1,
-        )
-    )
-    task = asyncio.create_task(server.serve(sockets=[listening]))
-    try:
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
-        try:
-            yield reader, writer
-        finally:
-            writer.close()
-    finally:
-        server.should_exit = True
-        await task
+    limits = GatewayConfig(client_timeout_s=timeout_s, max_header_bytes=LIMIT)
+    return connection_to(application, limits)
 
 
 async def rest(reader: asyncio.StreamReader) -> tuple[bytes, dict[str, object]]:
