@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 EXTENSION = "introvert.hang_up"
 """Name among the extensions of a request's scope."""
@@ -32,9 +32,15 @@ class WatchedConnection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._extensions: dict[str, Watchers] = {EXTENSION: set()}
+        self._running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """A request is begun, maybe after one that it came behind."""
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """A request begins to come."""
         super().on_message_begin()
         self.scope["extensions"] = self._extensions  # type: ignore[typeddict-item]
 
@@ -48,6 +54,16 @@ class WatchedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         super().connection_lost(exc)
+        # uvicorn tells the request that came last, which may wait behind the one that runs.
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        for waiting, _ in self.pipeline:
+            waiting.on_response = _nothing  # it holds the connection, which holds the request
         watchers = self._extensions[EXTENSION]
         while watchers:
             watchers.pop()()
+
+
+def _nothing() -> None:
+    pass

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
+import weakref
+from typing import Any
 
 import pytest
+import uvloop
 from starlette.types import Receive, Scope, Send
 
 from configs.schema import GatewayConfig
@@ -12,6 +17,11 @@ from server.gateway.hang_up import WatchedConnection, watchers_of
 from tests.server.gateway.conftest import connection_to
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy])
+def event_loop_policy(request: pytest.FixtureRequest) -> Any:
+    return request.param()
 
 
 class Watching:
@@ -89,6 +99,42 @@ async def test_requests_that_wait_behind_another_are_not_taken_in(
         assert 0 < len(connections[0].pipeline) < 20_000, "a few reads' worth"
         writer.transport.abort()
         application.answers.set()
+
+
+@pytest.mark.parametrize("told", ["by a call", "by a message"])
+async def test_requests_that_wait_behind_another_end_with_it_quietly(
+    told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong: list[dict[str, Any]] = []
+    connections: list[weakref.ref[WatchedConnection]] = []
+
+    async def cut_short(scope: Scope, receive: Any, send: Send) -> None:
+        """Ends without an answer once its client has gone, as the gateway's requests do."""
+        assert not (await receive()).get("more_body")
+        connections.append(weakref.ref(receive.__self__.on_response.__self__))
+        if told == "by a message":
+            assert (await receive())["type"] == "http.disconnect"
+            return
+        gone = asyncio.Event()
+        watchers_of(scope).add(gone.set)
+        await gone.wait()
+
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+    gc.disable()
+    try:
+        async with connection_to(cut_short, GatewayConfig()) as (_, writer):
+            writer.write(HEAD % 0 * 2)
+            async with asyncio.timeout(60):
+                while not connections:  # noqa: ASYNC110 - the application has no event for it
+                    await asyncio.sleep(0.01)
+                writer.close()
+                while connections[0]() is not None:  # noqa: ASYNC110 - nor has the collector
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+    assert len(connections) == 1, "the second is not begun"
+    assert not wrong
+    assert not [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
 
 
 async def test_another_server_has_nobody_who_watches() -> None:
