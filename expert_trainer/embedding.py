@@ -240,7 +240,10 @@ def _with_ray(
             )
         )
         try:
-            for row in results.iter_rows():
+            # With prefetching a thread of Ray Data holds blocks as long as it lives, maybe beyond
+            # Ray's shutdown; who uses Ray's worker after that ends this process, exit code 1.
+            for batch in results.iter_batches(batch_size=1, prefetch_batches=0):
+                row = {name: column[0] for name, column in batch.items()}
                 yield int(row["index"]), _unpacked(row)
         except ray.exceptions.RayError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]

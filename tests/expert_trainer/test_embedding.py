@@ -115,6 +115,10 @@ def test_ray_makes_the_same_vectors(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of eight over two actors; the order in which they come back must not matter."""
+    from ray.data._internal.block_batching.util import WaitBlockPrefetcher
+
+    held: list[object] = []
+    monkeypatch.setattr(WaitBlockPrefetcher, "prefetch_blocks", lambda _, some: held.append(some))
     monkeypatch.setattr(embedding, "BLOCK_DOCUMENTS", 8)
     bad = Document(id="bad", messages=UNANSWERED)
     documents = spool(tmp_path, bad, Document(id="x", text="last"))
@@ -128,3 +132,4 @@ def test_ray_makes_the_same_vectors(
         base = config.base.model_copy(update={"model": str(tmp_path)})
         with pytest.raises(PoolError, match=r"base\.model .*config\.json is missing"):
             run(documents, config.model_copy(update={"base": base}), tmp_path / "nowhere")
+    assert not held, "a thread that lets blocks go after Ray's end takes the process along"
