@@ -243,7 +243,8 @@ class ServingConfig(Section):
     cpus_per_worker: PositiveInt = 1
     """Cores of a worker; on a CPU-only cluster its engine is pinned to them."""
     slots: PositiveInt | Auto = "auto"
-    """LoRA places in an engine (`--max-loras`); `auto`: as many as experts are placed on the worker
+    """Experts that an engine is asked at once; it has one LoRA place more (`--max-loras`), for the
+    next of those that wait or for one being verified. `auto`: as many as are placed on the worker
     and up to 8 more, so that those of a new bundle answer beside the old while all are busy."""
     host_slots: PositiveInt | Auto = "auto"
     """Adapters that an engine keeps in host memory (`--max-cpu-loras`); `auto`: twice as many as

@@ -17,6 +17,7 @@ from configs.manifest import Fingerprint
 from configs.schema import BaseConfig, EngineArg, ServingConfig
 from expert_trainer.hashed import HashedDirectory
 from server.engine_door import KEY_VARIABLE, EngineDoor
+from server.engine_slots import AHEAD, SlotFiller
 from server.errors import ServingConfigError
 
 ENGINE = "vllm"
@@ -26,6 +27,8 @@ LINES = f"{OFFLINE_MODULE}.BatchLines"
 """Import path of the middleware that takes many requests in one call."""
 DOOR = f"{EngineDoor.__module__}.{EngineDoor.__name__}"
 """Import path of the middleware that asks for the key."""
+FILLER = f"{SlotFiller.__module__}.{SlotFiller.__name__}"
+"""Import path of the middleware that fills slots ahead."""
 OFFLINE_SEQUENCES = 256
 """Requests that a batch's engine computes at once on a CPU: what `LLM.generate` has there, twice
 what vLLM gives its API server; on a GPU both have more."""
@@ -72,9 +75,10 @@ class Room:
     """How many adapters an engine has room for, fixed from its start to its end."""
 
     slots: int
-    """Adapters on the device, which are as many as can be computed in one step."""
+    """Experts that may be asked at once. On the device there is room for one adapter more, which is
+    copied in ahead or being verified."""
     host_slots: int
-    """Adapters in host memory, at least as many; those on the device are among them."""
+    """Adapters in host memory, at least as many as on the device, which are among them."""
     rank: int
     """Highest rank of an adapter, one of `LORA_RANKS`."""
     modules: frozenset[str] = frozenset()
@@ -154,7 +158,7 @@ def build_command(
         "max-model-len": serving.max_model_len,
         "disable-uvicorn-access-log": True,
         "disable-log-stats": offline or None,
-        **(_lora_flags(room) if room else {}),
+        **(_lora_flags(room, ahead=0 if offline else AHEAD) if room else {}),
         **(_gpu_flags(base, serving, devices) if devices.gpus else _cpu_flags(base, devices)),
     }
     if offline and not devices.gpus:
@@ -172,9 +176,10 @@ def build_command(
     }
     # the flag adds to the middleware that a config asks for, and the last one stands outermost
     lines = ("--middleware", LINES) if offline else ()
+    filler = ("--middleware", FILLER) if room and not offline else ()
     door = ("--middleware", DOOR) if api_key else ()
     module = OFFLINE_MODULE if offline else SERVER_MODULE
-    argv = (sys.executable, "-m", module, *_render(flags), *lines, *door)
+    argv = (sys.executable, "-m", module, *_render(flags), *lines, *filler, *door)
     return EngineCommand(argv=argv, env=env, cores=devices.cores)
 
 
@@ -228,7 +233,7 @@ def room_for(
     # one that no engine takes is refused by itself, and must not cost the others theirs
     largest = min(max(adapter.rank for adapter in adapters), LORA_RANKS[-1])
     rank = largest if serving.max_rank == "auto" else serving.max_rank
-    return Room(slots, max(host, slots), accepted_rank(rank), frozenset(modules))
+    return Room(slots, max(host, slots + AHEAD), accepted_rank(rank), frozenset(modules))
 
 
 def fingerprint_distance(measured: Sequence[float], recorded: Sequence[float]) -> float:
@@ -238,10 +243,10 @@ def fingerprint_distance(measured: Sequence[float], recorded: Sequence[float]) -
     return sum(abs(a - b) for a, b in zip(measured, recorded, strict=True)) / len(recorded)
 
 
-def _lora_flags(room: Room) -> dict[str, EngineArg]:
+def _lora_flags(room: Room, *, ahead: int) -> dict[str, EngineArg]:
     return {
         "enable-lora": True,
-        "max-loras": room.slots,
+        "max-loras": room.slots + ahead,
         "max-cpu-loras": room.host_slots,
         "max-lora-rank": room.rank,
         "lora-target-modules": sorted(room.modules) or None,

@@ -223,6 +223,22 @@ class Lane:
             wait += self._group_wait_s
         return wait
 
+    def upcoming(self) -> str | None:
+        """The expert that waits for a slot and gets the next one, if nobody else comes; none if
+        none waits for a slot."""
+        if self.slots is None or not self._in_line:
+            return None
+        outside = [g for g in self._in_line.values() if g.key and not g.active]
+        if not outside:
+            return None
+        late = self._late()
+        return (min(late, key=Group.since) if late else min(outside, key=Group.head)).key
+
+    def waits_outside(self, expert: str) -> bool:
+        """Whether an expert waits that is in no slot."""
+        group = self._in_line.get(expert)
+        return group is not None and not group.active
+
     def _has_room(self, group: Group) -> bool:
         """Whether a newcomer of a group may enter. Whoever waits could not, so it passes nobody
         who could have entered before it."""

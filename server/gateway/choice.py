@@ -15,6 +15,7 @@ from collections.abc import Callable
 from zlib import crc32
 
 from configs.schema import GatewayConfig
+from server.engine_slots import AHEAD
 from server.gateway.admission import Lane
 from server.gateway.breaker import Breakers
 from server.gateway.counts import Counts
@@ -304,8 +305,8 @@ class Chooser:
         if not crowded or slots is None:
             self._residencies.pop(worker.id, None)
             residency = None
-        elif residency is None or residency.slots != slots:
-            residency = self._residencies[worker.id] = Residency(slots)
+        elif residency is None or residency.slots != slots + AHEAD:
+            residency = self._residencies[worker.id] = Residency(slots + AHEAD)
         return Home(worker.id, worker.url.rstrip("/"), lane, residency, salt_of(worker.id))
 
     def _views_or_raise(self) -> Views:

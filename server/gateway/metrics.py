@@ -148,6 +148,11 @@ class Metrics:
         self._worker_cold = self._counters(
             "worker_cold_loads", "Requests whose expert was in no slot of the worker.", worker
         )
+        self._prefetches = self._counters(
+            "prefetches",
+            "Adapters copied into a slot while the requests that need them still waited.",
+            worker,
+        )
         self._upstream_errors = self._counters(
             "upstream_errors",
             "Workers that could not be reached (unreachable), went away during a request (lost), "
@@ -244,6 +249,10 @@ class Metrics:
     def upstream_failed(self, worker: str, kind: str) -> None:
         """Count a fault of a worker: `unreachable`, `lost`, `timeout` or `answer`."""
         self._upstream_errors.inc((worker, kind))
+
+    def prefetched(self, worker: str) -> None:
+        """Count an adapter that was copied into a worker's slot ahead of its requests."""
+        self._prefetches.inc((worker,))
 
     def snapshot(self) -> list[Snapshot]:
         """Everything, as it is now."""

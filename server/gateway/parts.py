@@ -13,6 +13,7 @@ from server.gateway.choice import Chooser
 from server.gateway.counts import Counts
 from server.gateway.gauges import show_state
 from server.gateway.metrics import Metrics
+from server.gateway.prefetch import Prefetch
 from server.gateway.readiness import Readiness
 from server.gateway.recorder import RequestRecorder, listeners_for
 from server.gateway.routing import RouterSource, Routing
@@ -34,6 +35,7 @@ class Parts:
     readiness: Readiness
     routing: Routing
     upstream: Upstream
+    prefetch: Prefetch
     keyring: Keyring
     counts: Counts
     """Requests in flight by worker, over all gateway processes."""
@@ -53,6 +55,7 @@ class Parts:
         gateway = config.gateway
         metrics = Metrics()
         counts = seat.counts(IN_FLIGHT_FILE)
+        upstream = Upstream(gateway, engine_key=seat.engine_key)
         parts = cls(
             config=gateway,
             seat=seat,
@@ -63,7 +66,8 @@ class Parts:
                 retry_after_s=gateway.retry_after_s,
                 patience_s=gateway.queue_timeout_s,
             ),
-            upstream=Upstream(gateway, engine_key=seat.engine_key),
+            upstream=upstream,
+            prefetch=Prefetch(upstream, metrics),
             keyring=Keyring(
                 Path(gateway.keys_file) if gateway.keys_file else None,
                 counts=seat.counts(TENANTS_FILE),

@@ -11,7 +11,7 @@ import math
 import time
 
 from router.types import Route
-from server.gateway.admission import Group, Lane
+from server.gateway.admission import Group
 from server.gateway.errors import QueueFullError, QueueTimeoutError
 from server.gateway.observation import Spill
 from server.gateway.parts import Parts
@@ -55,7 +55,7 @@ async def wait_for_worker(
             elif home is None:
                 await _wait_for_home(parts, passage)
                 tried.clear()
-            elif (ticket := await _wait_in_lane(parts, passage, home.lane)) is not None:
+            elif (ticket := await _wait_in_lane(parts, passage, home)) is not None:
                 return home, ticket
             home = parts.chooser.choose(passage.target, passage.key, tried, patient=True)
             if home is not None and (ticket := home.lane.enter(passage.target.lane_name)):
@@ -81,9 +81,9 @@ async def _wait_for_home(parts: Parts, passage: Passage) -> None:
         chooser.homeless -= 1
 
 
-async def _wait_in_lane(parts: Parts, passage: Passage, lane: Lane) -> Group | None:
+async def _wait_in_lane(parts: Parts, passage: Passage, home: Home) -> Group | None:
     """A ticket of the lane; none if its worker has changed, so that a home is to be chosen anew."""
-    target, tenant = passage.target, passage.tenant
+    target, tenant, lane = passage.target, passage.tenant, home.lane
     assert target is not None
     assert passage.patient_until is not None
     loop = asyncio.get_running_loop()
@@ -98,6 +98,7 @@ async def _wait_in_lane(parts: Parts, passage: Passage, lane: Lane) -> Group | N
         if passage.wanted is not None:  # what is refused is wanted all the same
             parts.chooser.demand[passage.wanted] += lane.service_s
         raise _queue_full(lane.expected_wait(target.lane_name))
+    parts.prefetch.consider(home)
     timer = loop.call_later(passage.patient_until - time.perf_counter(), wake)
     try:
         await future
@@ -116,6 +117,8 @@ async def _wait_in_lane(parts: Parts, passage: Passage, lane: Lane) -> Group | N
             f"'{target.served_name}'. Try again in {retry_after_s} s, or use another model.",
             retry_after_s=retry_after_s,
         )
+    if waiter.ticket is not None:
+        parts.prefetch.consider(home, entering=target.lane_name)
     return waiter.ticket
 
 

@@ -1,7 +1,8 @@
 """Which adapters lie in an engine's slots, as far as the gateway can tell.
 
 An engine keeps the adapters used last in its `--max-loras` slots; one that is asked for outside of
-them is copied from host memory first. The model here sees what this process sends, no more.
+them is copied from host memory first, or has been ahead of the request. The model here sees what
+this process sends, no more.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 class Residency:
     """The slots of one engine, the adapter used longest ago first."""
 
-    __slots__ = ("_names", "slots")
+    __slots__ = ("_names", "ahead", "slots")
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.ahead: str | None = None
+        """The adapter that was copied in for requests that wait, until these are let in."""
         self._names: dict[str, None] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -33,3 +36,7 @@ class Residency:
         while len(names) > self.slots:
             del names[next(iter(names))]
         return True
+
+    def forget(self, name: str) -> None:
+        """An adapter was not copied in after all."""
+        self._names.pop(name, None)

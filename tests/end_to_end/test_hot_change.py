@@ -14,11 +14,18 @@ from typing import Any
 import aiohttp
 import pytest
 
-from configs.schema import RunConfig
+from configs.schema import GatewayConfig, RunConfig
 from expert_trainer.bundle import ADAPTER_WEIGHTS, Bundle, open_bundle
 from server.engine import Adapter, Devices, EngineCommand, Room, build_command, fingerprint_distance
 from server.engine_client import EngineClient
+from server.engine_slots import FILL_PATH
 from server.errors import EngineCallError
+from server.gateway.admission import Lane
+from server.gateway.metrics import Metrics
+from server.gateway.prefetch import Prefetch
+from server.gateway.residency import Residency
+from server.gateway.upstream import Upstream
+from server.gateway.views import Home
 from server.supervisor import Identity, Supervisor
 from server.table import WorkerEntry
 
@@ -26,6 +33,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KEY = "sesame"
 LIMIT_S = 240.0
+COPIED = b'introvert_gateway_prefetches_total{worker="worker-0"} 1'
 ASKERS = 3
 """More than one, so that probes share the engine's steps with others."""
 
@@ -116,6 +124,7 @@ async def test_an_engine_under_load_gets_another_set_of_experts(
         supervisor.serve([cut, first, swapped, third])
         served = [first.served_name, third.served_name]
         after = await until(supervisor, lambda entry: entry.experts == served)
+        await a_slot_is_filled_ahead(before.url, third)
         asked = len(distances)
         await until(
             supervisor,
@@ -137,6 +146,26 @@ async def test_an_engine_under_load_gets_another_set_of_experts(
         await supervisor.stop()
 
 
+async def a_slot_is_filled_ahead(url: str, adapter: Adapter) -> None:
+    """The engine does what the gateway asks of it for an expert that waits for a slot."""
+    lane = Lane(limit=8, max_queue=8, group_wait_s=60, clock=time.monotonic)
+    lane.regroup(1)
+    lane.enter("another")
+    assert lane.queue(adapter.served_name, "", 1.0, lambda _: None)
+    metrics, upstream = Metrics(), Upstream(GatewayConfig(), engine_key=KEY)
+    home = Home("worker-0", url, lane, Residency(2))
+    prefetch = Prefetch(upstream, metrics)
+    prefetch.consider(home)
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while COPIED not in metrics.exposition():  # noqa: ASYNC110 - nobody is told of it
+                await asyncio.sleep(0.01)
+        assert home.residency is not None
+        assert adapter.served_name in home.residency
+    finally:
+        upstream.close()
+
+
 async def only_those_with_the_key_are_answered(
     session: aiohttp.ClientSession, url: str, adapter: Adapter
 ) -> None:
@@ -150,6 +179,7 @@ async def only_those_with_the_key_are_answered(
         "/invocations": asking,
         "/adapters": {"name": "mine", "src": adapter.path},
         "/tokenize": asking,
+        FILL_PATH: {"lora_names": [adapter.served_name]},
     }.items():
         async with session.post(url + path, json=body) as response:
             statuses[path] = response.status

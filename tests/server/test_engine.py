@@ -89,14 +89,14 @@ def test_a_gpu_engine_spans_its_gpus() -> None:
 @pytest.mark.parametrize(
     ("serving", "ranks", "expected"),
     [
-        ({}, (4, 4, 4), Room(slots=6, host_slots=6, rank=8)),
+        ({}, (4, 4, 4), Room(slots=6, host_slots=7, rank=8)),
         ({}, (4,) * 20, Room(slots=28, host_slots=40, rank=8)),
         ({"slots": 2}, (4, 4, 4), Room(slots=2, host_slots=6, rank=8)),
-        ({"slots": 5}, (4,), Room(slots=5, host_slots=5, rank=8)),
+        ({"slots": 5}, (4,), Room(slots=5, host_slots=6, rank=8)),
         ({"slots": 2, "host_slots": 3}, (4, 4, 4), Room(slots=2, host_slots=3, rank=8)),
-        ({"max_rank": 33}, (4,), Room(slots=2, host_slots=2, rank=64)),
-        ({}, (4, 9), Room(slots=4, host_slots=4, rank=16)),
-        ({}, (4, 1000), Room(slots=4, host_slots=4, rank=512)),
+        ({"max_rank": 33}, (4,), Room(slots=2, host_slots=3, rank=64)),
+        ({}, (4, 9), Room(slots=4, host_slots=5, rank=16)),
+        ({}, (4, 1000), Room(slots=4, host_slots=5, rank=512)),
     ],
 )
 def test_room_follows_the_experts_or_the_config(
@@ -108,9 +108,26 @@ def test_room_follows_the_experts_or_the_config(
 def test_room_becomes_flags() -> None:
     made = command(serving=ServingConfig(slots=2), ranks=(4, 4, 4))
     flags = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
-    assert [value(made, flag) for flag in flags] == ["2", "6", "8"]
+    assert [value(made, flag) for flag in flags] == ["3", "6", "8"]  # one slot more, for the next
     assert "--lora-target-modules" not in made.argv
     assert "--enable-lora" in made.argv
+
+
+def test_slots_are_filled_ahead_where_there_are_experts_and_somebody_waits_for_an_answer() -> None:
+    filler = ("--middleware", "server.engine_slots.SlotFiller")
+    assert command().argv[-2:] == filler
+    assert filler[1] not in command(ranks=()).argv
+    batch = build_command(
+        base=BaseConfig(model="org/model"),
+        serving=ServingConfig(slots=2),
+        devices=CPU,
+        room=room_for(adapters(4), ServingConfig(slots=2)),
+        host="127.0.0.1",
+        port=20001,
+        offline=True,
+    )
+    assert filler[1] not in batch.argv
+    assert value(batch, "--max-loras") == "2"
 
 
 def test_layers_that_no_adapter_changes_get_no_room() -> None:
@@ -131,7 +148,7 @@ def test_the_key_travels_in_the_environment_and_is_shown_nowhere() -> None:
     made = command(serving=ServingConfig(engine_env={"VLLM_API_KEY": "other"}), api_key="sesame")
     assert made.env["VLLM_API_KEY"] == "sesame"
     assert "sesame" not in " ".join(made.argv) + repr(made)
-    assert value(made, "--middleware") == "server.engine_door.EngineDoor"
+    assert made.argv[-2:] == ("--middleware", "server.engine_door.EngineDoor"), "outermost"
     assert command().env["VLLM_API_KEY"] == "", "a key of the environment is not ours"
 
 
@@ -164,7 +181,7 @@ def test_a_local_base_keeps_off_the_hub(tmp_path: Path) -> None:
 def test_extra_arguments_are_passed_on(
     given_args: dict[str, EngineArg], expected: list[str]
 ) -> None:
-    made = command(serving=ServingConfig(engine_args=given_args))
+    made = command(serving=ServingConfig(engine_args=given_args), ranks=())
     assert list(made.argv[-len(expected) :]) == expected
 
 

@@ -24,6 +24,7 @@ from configs import RunConfig
 from configs.schema import GatewayConfig
 from router.conversation import Message
 from router.types import Candidate, Route
+from server.engine_slots import FILL_PATH
 from server.gateway.app import create_app
 from server.gateway.heads import protocol_for
 from server.gateway.parts import ALONE
@@ -56,6 +57,8 @@ class FakeEngine:
     name: str = "engine"
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
+    filled: list[list[str]] = field(default_factory=list)
+    """The adapters that it was told to have in its slots, call by call."""
     behaviour: str = "answer"
     """`answer`, `wait` (never), `die` (before the head), `die_in_stream`, `die_in_event`,
     `die_in_body`, or `error`."""
@@ -87,6 +90,9 @@ class FakeEngine:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
+        if request.path == FILL_PATH:
+            self.filled.append(json.loads(body)["lora_names"])
+            return web.json_response({})
         self.seen.append(Seen(request.path, body, headers))
         self.arrived.set()
         try:

@@ -136,6 +136,40 @@ def test_limits_hold_and_everybody_is_served_once(
         assert job.starts == (0 if job.number in left else 1)
 
 
+@given(events=EVENTS, slots=st.integers(1, 3))
+def test_who_comes_next_is_known_while_it_waits(
+    events: list[tuple[str, str | None, int]], slots: int
+) -> None:
+    """Whoever gets a slot that an end has left free is the one that was told before."""
+    worker = Worker.make(4, slots)
+    lane = worker.lane
+    for what, expert, pick in events:
+        if what == "come":
+            worker.come(expert, tenant="xyz"[pick % 3])
+        elif what == "end" and worker.running:
+            ended = worker.running[pick % len(worker.running)]
+            before = {job.expert for job in worker.running}
+            told = lane.upcoming()
+            assert told is None or lane.waits_outside(told)
+            seen = len(worker.started)
+            worker.end(ended)
+            entered = [job.expert for job in worker.started[seen:] if job.expert not in before]
+            assert entered[:1] in ([], [told])
+            assert told not in entered or not lane.waits_outside(str(told))
+        else:
+            worker.clock.now += pick / 20
+    waiting = {g.key for g in lane._in_line.values() if g.key and not g.active}
+    assert (lane.upcoming() is None) == (not waiting)
+
+
+def test_nobody_comes_next_where_all_have_slots() -> None:
+    worker = Worker.make(1)
+    worker.come("a")
+    worker.come("b")
+    assert worker.lane.upcoming() is None
+    assert not worker.lane.waits_outside("b")
+
+
 @given(st.lists(st.sampled_from(["x", "y", "z"]), min_size=2, max_size=40), st.integers(1, 4))
 def test_a_tenants_requests_are_served_in_their_order(tenants: list[str], limit: int) -> None:
     worker = Worker.make(limit)

@@ -318,6 +318,7 @@ def test_slots_group_only_where_there_are_more_experts() -> None:
     assert crowded.lane is home.lane
     assert crowded.lane.slots == 1
     assert crowded.residency is not None
+    assert crowded.residency.slots == 2, "one more, for the next of those that wait"
 
 
 def test_a_large_table_is_taken_quickly() -> None:
