@@ -7,9 +7,10 @@ question was computed beforehand by transformers and peft, greedily; only questi
 which no version is near a tie and no two answer alike. An answer is wrong when its tokens are not
 those of the version in its header, when body and header name different versions, or when another
 expert than the one asked for answers; it is failed when its status is not 200 or its connection
-breaks.
+breaks. With `--slots 1` the experts of an engine take turns on one slot, and each is copied ahead
+into another one.
 
-    .venv/bin/python bench/hot_change.py [--quick] [--responses 10000] [--report FILE]
+    .venv/bin/python bench/hot_change.py [--quick] [--responses 10000] [--slots N] [--report FILE]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import aiohttp
 from _report import Report, parser
 from _served import World, made_world, served
+from _stand import DIRECT
 
 from configs.manifest import BaseEntry, BundleManifest
 from deploy.output import note, say
@@ -252,6 +254,7 @@ async def watching(url: str, expected: Expected, places: list[Path], watch: Watc
 def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--responses", type=int, help="default: 10000, with --quick 500")
+    arguments.add_argument("--slots", type=int, metavar="N", help="serving.slots")
     options = arguments.parse_args()
     wanted = options.responses or (500 if options.quick else 10_000)
     report = Report("hot_change")
@@ -265,8 +268,15 @@ def main() -> int:
     shutil.copytree(world.bundle, first)
     note(f"{len({p for _, p in expected})} of {len(PROMPTS)} questions have clear answers")
     watch = Watch(wanted, changes_wanted=2 if options.quick else 10)
-    with served(here, World(world.root, world.base, first)) as service:
+    serving = {"slots": options.slots} if options.slots else {}
+    with served(here, World(world.root, world.base, first), serving=serving) as service:
         asyncio.run(watching(service.url, expected, [first, second], watch))
+        with DIRECT.open(f"{service.url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    for what in ("prefetches", "worker_cold_loads"):
+        name = f"introvert_gateway_{what}_total"
+        count = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        report.add(what, count, "adapters")
     report.add("responses", watch.responses, "responses", f">= {wanted}")
     report.add("changes", len(watch.changes), "changes", f">= {watch.changes_wanted}")
     report.add("wrong_responses", len(watch.wrong), "responses", "== 0")
@@ -278,7 +288,12 @@ def main() -> int:
         say(f"{count:6} answers by {name}")
     for fault in [*sorted(set(watch.wrong))[:5], *sorted(set(watch.failed))[:5], watch.stuck]:
         say(fault)
-    report.conditions |= {"clients": CLIENTS, "tokens": TOKENS, "canary": CANARY}
+    report.conditions |= {
+        "clients": CLIENTS,
+        "tokens": TOKENS,
+        "canary": CANARY,
+        "slots": options.slots or "auto",
+    }
     return report.close(options.report)
 
 
