@@ -100,6 +100,8 @@ class Sureness(BaseModel):
     """Share of them that the student answers."""
     agreement: float | None
     """Share of these answers that are the embedder's; none without an answer."""
+    asked_from: float = 0.0
+    """Least confidence of the student before, below which this one is not asked at all."""
 
     def allows(self, confidence: float, score: float) -> bool:
         """Whether the student is believed."""
@@ -165,6 +167,27 @@ def sure_from(
                 agreement=float(right[believed].mean()),
             )
     return best
+
+
+def asked_from(confidences: npt.ArrayLike, answers: npt.ArrayLike, worth: float) -> float:
+    """The confidence of a first student from which on a second one is worth asking.
+
+    Of the texts below it, the second answers no more than a share of `worth`, and the work of
+    asking it would be lost on the others.
+
+    Args:
+        confidences: of the first student, in texts that it leaves to the second, shape (N,).
+        answers: whether the second answers them.
+        worth: share.
+    """
+    confidence = np.asarray(confidences, dtype=np.float64)
+    order = np.argsort(confidence, kind="stable")
+    rising = confidence[order]
+    shares = np.cumsum(np.asarray(answers, dtype=np.float64)[order]) / np.arange(1, len(order) + 1)
+    # Equal confidences are on the same side.
+    last = np.append(rising[1:] > rising[:-1], False)[: len(order)]
+    low = np.flatnonzero(last & (shares <= worth))
+    return float(rising[low[-1] + 1]) if low.size else 0.0
 
 
 def _most_answers(

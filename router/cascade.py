@@ -111,6 +111,8 @@ class Cascade:
         self.student = student
         self.record = record
         self.second = second
+        # asked here, for that is not done in a moment
+        self._guess_after = student.guess_after if isinstance(student, SecondGuesser) else None
         self._characters = max_tokens * CHARACTERS_PER_TOKEN
         self._unsure: dict[str, Guess] = {}
 
@@ -160,10 +162,21 @@ class Cascade:
         return [next(rest) if guess is None else guess for guess in known]
 
     def _after(self, texts: Sequence[str], firsts: Sequence[Guess]) -> list[Guess | None]:
-        """Guesses of a second student, who knows what the first has guessed."""
-        assert isinstance(self.student, SecondGuesser)
-        seen = [text[: self._characters] for text in texts]
-        return self._believed(texts, self.student.guess_after(firsts, seen))
+        """Guesses of a second student, who knows what the first has guessed; none where that was
+        so unsure that this one would hardly ever be sure either."""
+        assert self._guess_after is not None
+        found: list[Guess | None] = [None] * len(texts)
+        asked = [
+            place
+            for place, (text, first) in enumerate(zip(texts, firsts, strict=True))
+            if first.confidence >= self._limits(text).asked_from
+        ]
+        some = [texts[place] for place in asked]
+        seen = [text[: self._characters] for text in some]
+        guesses = self._guess_after([firsts[place] for place in asked], seen)
+        for place, guess in zip(asked, self._believed(some, guesses), strict=True):
+            found[place] = guess
+        return found
 
     def _believed(self, texts: Sequence[str], guesses: Sequence[Guess]) -> list[Guess | None]:
         return [

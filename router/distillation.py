@@ -25,7 +25,7 @@ from router.embedder import Embedder, SentenceEmbedder
 from router.encoder_training import can_be_cut, train_encoder
 from router.measuring import Exam, Terms, measure, measure_pair
 from router.student import Student
-from router.student_confidence import Seen, fit_confidence, seen_of_two, unseen_confidence
+from router.student_confidence import Seen, fit_confidence, unseen_confidence
 from router.student_queries import made_up_queries
 from router.types import OnProgress, ignore
 
@@ -175,7 +175,7 @@ def distil(
     rows = np.arange(len(exam.texts))
     rows = rows[(rows < aside) | (rows >= len(rows) - len(others.texts))]
     texts = [seen_by_student(exam.texts[row], config.max_tokens) for row in rows]
-    together = seen_of_two(encoder.guess_after([guesses[row] for row in rows], texts), texts)
+    together = encoder.seen_after([guesses[row] for row in rows], texts)
     right = exam.of(rows).right(together.clusters_N, threshold)
     coefficients = fit_confidence(together, right, len(centroids))
     encoder = encoder.with_confidence(coefficients)

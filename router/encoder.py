@@ -19,14 +19,17 @@ from router.guess import (
     TEMPERATURE,
     Floats,
     Guess,
+    Indices,
     best_logits,
     blended,
+    estimates_of,
     guesses_of,
     lead_confidences,
 )
 from router.quantization import LEVELS, SAMPLES, levels_here, quantize
 from router.student_confidence import (
     MEASURES_OF_TWO,
+    Seen,
     confidence_of,
     seen_of_two,
     shape_of,
@@ -94,19 +97,21 @@ class Encoder:
         """Guess texts, in the order given, each as `guess` does."""
         if not texts:
             return []
-        ids = tokens_of(self._tokenizer, texts, self._tokens)
-        values_NT, best_NT = best_logits(in_batches(ids, self._clusters, self._logits))
+        values_NT, best_NT = self._best(texts)
         return guesses_of(values_NT, best_NT, lead_confidences(values_NT))
 
     def guess_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> list[Guess]:
         """Guess texts together with another student, whose guesses are given."""
-        together = [
-            blended(first, own) for first, own in zip(firsts, self.guess_many(texts), strict=True)
-        ]
-        if not together:
+        if not texts:
             return []
-        seen = seen_of_two(together, texts)
+        seen = self.seen_after(firsts, texts)
         return seen.guesses(confidence_of(seen, self._confidence))
+
+    def seen_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> Seen:
+        """What is seen of its guesses at texts, one at least, together with another student's, to
+        find out how sure they may be."""
+        values_NT, best_NT = self._best(texts)
+        return seen_of_two(*blended(firsts, estimates_of(values_NT), best_NT), texts)
 
     def with_confidence(self, coefficients: Floats) -> Encoder:
         """The same encoder, whose guesses with another student are as sure as these coefficients
@@ -123,6 +128,11 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """What the arrays have to agree with, to be saved as JSON."""
         return dict(self._settings)
+
+    def _best(self, texts: Sequence[str]) -> tuple[Floats, Indices]:
+        """The best logits of texts, falling, and their clusters: of shape (N, T)."""
+        ids = tokens_of(self._tokenizer, texts, self._tokens)
+        return best_logits(in_batches(ids, self._clusters, self._logits))
 
     def _logits(self, ids: Ids) -> Floats:
         """Of texts, given as tokens: shape (B, K)."""

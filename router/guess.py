@@ -5,6 +5,7 @@ Knows nothing of how the logits came about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,12 +59,18 @@ def best_logits(logits_NK: Floats) -> tuple[Floats, Indices]:
 
 def guesses_of(values_NT: Floats, best_NT: Indices, confidences: Floats) -> list[Guess]:
     """Guesses of N texts from their best logits and how sure each is."""
-    # `np.clip` takes several times as long for so few numbers.
-    scores_NT = np.minimum(np.maximum(values_NT * np.float32(TEMPERATURE), -1), 1)
+    scores_NT = estimates_of(values_NT)
     return [
         Guess(int(best[0]), confidence, float(scores[0]), scores, best)
         for best, confidence, scores in zip(best_NT, confidences.tolist(), scores_NT, strict=True)
     ]
+
+
+def estimates_of(values_NT: Floats) -> Floats:
+    """The cosines that logits stand for."""
+    # `np.clip` takes several times as long for so few numbers.
+    scores_NT: Floats = np.minimum(np.maximum(values_NT * np.float32(TEMPERATURE), -1), 1)
+    return scores_NT
 
 
 def lead_confidences(values_NT: Floats) -> Floats:
@@ -74,15 +81,33 @@ def lead_confidences(values_NT: Floats) -> Floats:
     return chances
 
 
-def blended(first: Guess, second: Guess) -> Guess:
-    """What two students make of a text together; of the clusters that the second names.
+def blended(firsts: Sequence[Guess], scores_NT: Floats, best_NT: Indices) -> tuple[Floats, Indices]:
+    """What two students make of N texts together; of the clusters that the second names.
 
     A cluster that the first does not name has no more than the least score that it gives.
+
+    Args:
+        firsts: the first student's guesses.
+        scores_NT: the second's estimates.
+        best_NT: the clusters of these.
+
+    Returns:
+        Estimates, falling, and their clusters, both of shape (N, T).
     """
-    known = dict(zip(first.clusters.tolist(), first.scores.tolist(), strict=True))
-    least = float(first.scores[-1])
-    others = np.array([known.get(c, least) for c in second.clusters.tolist()], dtype=np.float32)
-    scores = (1 - BLEND) * second.scores + BLEND * others
-    order = np.argsort(-scores, kind="stable")
-    values_NT = np.asarray(scores[order] / TEMPERATURE, dtype=np.float32)[None]
-    return guesses_of(values_NT, second.clusters[order][None], lead_confidences(values_NT))[0]
+    others_NT = np.array(
+        [
+            _estimates(first, clusters)
+            for first, clusters in zip(firsts, best_NT.tolist(), strict=True)
+        ],
+        dtype=np.float32,
+    )
+    both_NT = (1 - BLEND) * scores_NT + BLEND * others_NT
+    order_NT = (-both_NT).argsort(axis=1, kind="stable")
+    rows_N1 = np.arange(len(order_NT))[:, None]
+    return both_NT[rows_N1, order_NT], best_NT[rows_N1, order_NT]
+
+
+def _estimates(guess: Guess, clusters: list[int]) -> list[float]:
+    scores = guess.scores.tolist()
+    known = dict(zip(guess.clusters.tolist(), scores, strict=True))
+    return [known.get(cluster, scores[-1]) for cluster in clusters]

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from router.calibration import NOTHING_BEFORE, Before, Sureness, sure_from
+from router.calibration import NOTHING_BEFORE, Before, Sureness, asked_from, sure_from
 from router.cascade import Measured, StudentRecord
 from router.guess import Guess, is_short
 
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 TRIED_SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)
 """Of the disagreements that the target leaves, what a first student may have before a second."""
@@ -26,6 +27,10 @@ TRIED_DEVIATIONS = 1.25
 ENCODER_WORK = 0.1
 """Of an encoder for a text, as a share of the embedder's: 0.3 where that is exported and 0.03 where
 it cannot be, and nobody knows yet where the router will serve."""
+WORTH_ASKING = 1 / 6
+"""Of the texts that a first student is least sure of, the share that a second one has to answer to
+be asked about them. Where it takes 0.3 of the embedder's time, less than that share is time lost,
+and those that both leave to the embedder are the slowest anyway."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,11 @@ class Earlier:
 
 
 def measure(
-    exam: Exam, guesses: Sequence[Guess], terms: Terms, earlier: Earlier | None = None
+    exam: Exam,
+    guesses: Sequence[Guess],
+    terms: Terms,
+    earlier: Earlier | None = None,
+    asked: Flags | None = None,
 ) -> tuple[StudentRecord, Answers]:
     """From when on a student is believed, and what that comes to.
 
@@ -123,6 +132,7 @@ def measure(
         terms: what is asked for.
         earlier: of the student that is asked first; this one answers what that leaves, and the
             target is that of both together.
+        asked: of which texts this one is asked at all, shape (N,); none: of all.
 
     Returns:
         The record, and the answers of both.
@@ -133,10 +143,11 @@ def measure(
     right = exam.right(clusters, terms.threshold)
     short = _short(exam)
     none = np.zeros(len(exam.texts), dtype=np.bool_)
+    reached = ~none if asked is None else asked
     done = Answers(none, right) if earlier is None else earlier.answers.of(earlier.rows)
 
     def limits_of(kind: bool) -> Sureness:
-        rows = (short == kind) & ~done.sure
+        rows = (short == kind) & ~done.sure & reached
         before = NOTHING_BEFORE
         if earlier is not None:
             alike = _short(earlier.exam) == kind
@@ -159,7 +170,7 @@ def measure(
         ],
         dtype=np.bool_,
     )
-    own = believed & ~done.sure
+    own = believed & ~done.sure & reached
     answers = Answers(sure=done.sure | own, right=np.where(done.sure, done.right, right))
     record = StudentRecord(
         target=terms.target,
@@ -208,7 +219,38 @@ def measure_pair(
         work = _work(answers.of(rows).sure, both.sure)
         if work < least:
             least, best = work, Pair(one, two, work)
-    return best
+            chosen = Earlier(exam, answers, rows), both
+    if best is None:
+        return None
+    earlier, both = chosen
+    confidences = np.array([first[row].confidence for row in rows], dtype=np.float64)
+    floors = _asked_from(part, earlier, both, confidences)
+    asked = confidences >= np.where(_short(part), floors[1], floors[0])
+    two, _ = measure(part, second, strict, earlier, asked)
+    limits = {
+        "long": two.long.model_copy(update={"asked_from": floors[0]}),
+        "short": two.short.model_copy(update={"asked_from": floors[1]}),
+    }
+    return replace(best, second=two.model_copy(update=limits))
+
+
+def _asked_from(
+    exam: Exam, earlier: Earlier, both: Answers, confidences: Floats
+) -> tuple[float, float]:
+    """The confidences of a first student from which on a second is asked: long texts, short ones.
+
+    Args:
+        exam: the second student's.
+        earlier: the first one.
+        both: what they would answer together, were the second asked about all that is left.
+        confidences: of the first in these texts, shape (N,).
+    """
+    short, left = _short(exam), ~earlier.answers.of(earlier.rows).sure
+
+    def least(rows: Flags) -> float:
+        return asked_from(confidences[rows], both.sure[rows], WORTH_ASKING)
+
+    return least(left & ~short), least(left & short)
 
 
 def _work(first: Flags, both: Flags) -> float:

@@ -89,18 +89,14 @@ def unfitted(clusters: int, measures: int = MEASURES) -> Floats:
     return coefficients
 
 
-def seen_of_two(guesses: Sequence[Guess], texts: Sequence[str]) -> Seen:
-    """What is seen of guesses that two students made together at texts, one at least: margin and
-    score."""
-    scores_NT = np.stack([guess.scores for guess in guesses])
-    values_NT = np.asarray(scores_NT / TEMPERATURE, dtype=np.float32)
-    measures_NM = np.stack([_margins(values_NT), scores_NT[:, 0]], axis=1)
-    return Seen(
-        values_NT,
-        np.stack([guess.clusters for guess in guesses]),
-        measures_NM.astype(np.float32),
-        np.array([is_short(text) for text in texts], dtype=np.bool_),
-    )
+def seen_of_two(scores_NT: Floats, best_NT: Indices, texts: Sequence[str]) -> Seen:
+    """What is seen of the estimates that two students made together at texts: margin and score."""
+    values_NT = scores_NT / np.float32(TEMPERATURE)
+    measures_NM = np.empty((len(scores_NT), MEASURES_OF_TWO), dtype=np.float32)
+    measures_NM[:, 0] = _margins(values_NT)
+    measures_NM[:, 1] = scores_NT[:, 0]
+    short_N = np.array([is_short(text) for text in texts], dtype=np.bool_)
+    return Seen(values_NT, best_NT, measures_NM, short_N)
 
 
 def measures_of(logits_NK: Floats, best_NT: Floats, unknown_N: Floats, words_N: Indices) -> Floats:

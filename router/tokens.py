@@ -63,6 +63,8 @@ def in_batches(
 ) -> npt.NDArray[np.float32]:
     """What `run` makes of texts, some of like length at a time: shape (texts, width), in their
     order."""
+    if len(ids) == 1:
+        return run(ids)
     found = np.empty((len(ids), width), dtype=np.float32)
     batches: list[list[int]] = []
     for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):

@@ -13,13 +13,27 @@ from router.calibration import Calibration, Sureness
 from router.cascade import Cascade, Measured, StudentRecord
 from router.conversation import Message
 from router.errors import UnroutableError
-from router.guess import BLEND, SHORT_CHARACTERS, TEMPERATURE, Guess, blended
+from router.guess import (
+    BLEND,
+    SHORT_CHARACTERS,
+    TEMPERATURE,
+    Guess,
+    blended,
+    guesses_of,
+    lead_confidences,
+)
 from router.model import Router
 from router.storage import RouterRecord
 from router.types import Candidate
 
 LEAD_ERROR = 0.05
 STICKY_MARGIN = 0.2
+
+
+def together(first: Guess, second: Guess) -> Guess:
+    scores, clusters = blended([first], second.scores[None], second.clusters[None])
+    values = scores / np.float32(TEMPERATURE)
+    return guesses_of(values, clusters, lead_confidences(values))[0]
 
 
 class Parrot:
@@ -39,7 +53,7 @@ class Parrot:
         return [self.guess(text) for text in texts]
 
     def guess_after(self, firsts: Sequence[Guess], texts: Sequence[str]) -> list[Guess]:
-        return [blended(*pair) for pair in zip(firsts, self.guess_many(texts), strict=True)]
+        return [together(*pair) for pair in zip(firsts, self.guess_many(texts), strict=True)]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {}
@@ -130,6 +144,19 @@ def test_a_second_student_is_asked_what_the_first_is_not_sure_of() -> None:
     assert len(second.asked) == 2
 
 
+def test_a_second_student_is_not_asked_where_the_first_is_at_a_loss() -> None:
+    limits = sureness(0.9).model_copy(update={"asked_from": 0.5})
+    record = make_record().model_copy(update={"short": limits})
+    first, second = Parrot(), Parrot()
+    cascade = Cascade(first, make_record(), 128, Cascade(second, record, 128))
+    long = "0.1 0.75 0.25" + " " * SHORT_CHARACTERS
+    texts = ["0.85 0.75 0.25", "0.49 0.75 0.25", "0.95 0.75 0.25", "0.5 0.75 0.25", long]
+    guesses = cascade.sure_guesses(texts)
+    assert [guess is None for guess in guesses] == [False, True, False, False, False]
+    assert second.asked == [texts[0], texts[3], long], "long texts have a limit of their own"
+    assert cascade.sure_guesses(texts[1:2]) == [None]
+
+
 def test_what_was_just_guessed_is_not_guessed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cascade_module, "REMEMBERED", 3)
     parrot = Parrot()
@@ -153,7 +180,7 @@ def test_two_guesses_are_one_estimate() -> None:
         return Guess(clusters[0], 0.5, scores[0], falling, np.array(clusters))
 
     first, second = told([0.8, 0.2], [7, 3]), told([0.5, 0.45, 0.1], [3, 7, 5])
-    found = blended(first, second)
+    found = together(first, second)
     assert found.clusters.tolist() == [7, 3, 5]
     wanted = [0.75 * 0.45 + BLEND * 0.8, 0.75 * 0.5 + BLEND * 0.2, 0.75 * 0.1 + BLEND * 0.2]
     np.testing.assert_allclose(found.scores, wanted, rtol=1e-6)

@@ -16,7 +16,7 @@ from router.encoder import Encoder
 from router.encoder_graph import ENTRY, HEAD
 from router.encoder_training import can_be_cut, train_encoder
 from router.errors import RouterFormatError
-from router.guess import blended
+from router.guess import TEMPERATURE, blended
 from router.measuring import Earlier, Exam, Pair, Terms, measure
 from router.model import Router
 from router.quantization import LEVELS, levels_here
@@ -153,11 +153,16 @@ def test_after_another_student_it_is_as_sure_as_it_was_told(
 ) -> None:
     encoder, texts = Encoder(*learnt), mixture.heldout
     firsts = encoder.guess_many(texts[::-1])
-    together = [blended(*pair) for pair in zip(firsts, encoder.guess_many(texts), strict=True)]
-    for guess, wanted in zip(encoder.guess_after(firsts, texts), together, strict=True):
-        assert guess.cluster == wanted.cluster
-        assert guess.confidence == pytest.approx(wanted.confidence, abs=1e-5)
-        np.testing.assert_allclose(guess.scores, wanted.scores, atol=1e-6)
+    own = encoder.guess_many(texts)
+    scores, clusters = blended(
+        firsts, np.stack([g.scores for g in own]), np.stack([g.clusters for g in own])
+    )
+    for guess, wanted, of in zip(encoder.guess_after(firsts, texts), scores, clusters, strict=True):
+        assert guess.clusters.tolist() == of.tolist()
+        assert guess.cluster == of[0]
+        margin = (wanted[0] - wanted[1]) / TEMPERATURE
+        assert guess.confidence == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-4)
+        np.testing.assert_allclose(guess.scores, wanted, atol=1e-6)
     assert encoder.guess_after([], []) == []
     of_clusters = np.zeros(shape_of(MEASURES_OF_TWO, 3), dtype=np.float32)
     of_clusters[:, -3:] = [-1, 0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,6 +12,7 @@ from router import measuring
 from router.guess import Guess, is_short
 from router.measuring import (
     ENCODER_WORK,
+    WORTH_ASKING,
     Earlier,
     Exam,
     Terms,
@@ -100,6 +103,31 @@ def test_a_second_student_is_measured_on_fewer_texts() -> None:
     assert pair is not None
     assert pair.second.documents.texts == 2000
     assert pair.second.documents.answered > pair.first.documents.answered
+
+
+def test_a_second_student_is_not_asked_what_it_would_hardly_ever_be_sure_of() -> None:
+    rng = np.random.default_rng(4)
+    clusters = rng.integers(4, size=6000)
+    exam, rows, terms = exam_of(clusters), np.arange(6000), Terms(threshold=0.5, target=0.99)
+    first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.05)
+    hopeless = np.array([guess.confidence < 0.1 for guess in first])
+    second = [
+        replace(guess, confidence=0.0) if vain else guess
+        for guess, vain in zip(second, hopeless, strict=True)
+    ]
+    pair = measure_pair(exam, first, rows, second, terms)
+    assert pair is not None
+    floor = pair.second.short.asked_from
+    assert pair.second.long.asked_from == 0.0, "of long texts there are none"
+    below = np.array([guess.confidence < floor for guess in first])
+    assert below[hopeless].all()
+    confidence = pair.second.short.confidence
+    assert confidence is not None
+    would = np.array([guess.confidence >= confidence for guess in second])
+    assert would[below].mean() <= WORTH_ASKING + 0.02
+    done = np.array([pair.first.short.allows(guess.confidence, guess.score) for guess in first])
+    assert pair.second.short.texts == (~done & ~below).sum()
+    assert pair.second.documents.answered == pytest.approx((done | (would & ~below)).mean())
 
 
 def test_texts_of_a_kind_that_nobody_has_asked_before_have_nothing_before_them() -> None:
