@@ -11,12 +11,14 @@ from __future__ import annotations
 class Residency:
     """The slots of one engine, the adapter used longest ago first."""
 
-    __slots__ = ("_names", "ahead", "slots")
+    __slots__ = ("_names", "ahead", "slots", "undisturbed_until")
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.ahead: str | None = None
         """The adapter that was copied in for requests that wait, until these are let in."""
+        self.undisturbed_until = 0.0
+        """Moment of the event loop's clock before which no adapter is copied in ahead."""
         self._names: dict[str, None] = {}
 
     def __contains__(self, name: str) -> bool:

@@ -115,12 +115,13 @@ class House:
         )
     )
     metrics: Metrics = field(default_factory=Metrics)
+    pause_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.lane.regroup(1)
         self.residency = Residency(2)
         self.home = Home("worker-0", "http://host", self.lane, self.residency)
-        self.prefetch = Prefetch(self.upstream, self.metrics)  # type: ignore[arg-type]
+        self.prefetch = Prefetch(self.upstream, self.metrics, self.pause_s)  # type: ignore[arg-type]
         self.tickets: dict[str, Group] = {}
 
     def come(self, expert: str) -> Any:
@@ -205,6 +206,23 @@ async def test_what_cannot_be_copied_costs_one_call_and_is_a_cold_load(
     assert await house.sent() == []
     assert "b" not in house.residency
     assert COUNTED not in house.metrics.exposition().decode()
+
+
+async def test_an_engine_is_left_in_peace_between_two_copies() -> None:
+    house = House(pause_s=0.2)
+    loop = asyncio.get_running_loop()
+    house.come("a")
+    for expert in "bc" * 50:  # who hangs up at once and comes again for another
+        house.lane.abandon(house.come(expert))
+    assert await house.sent() == [["b"]]
+    ended = loop.time()
+    waiter = house.come("c")
+    while not await house.sent():
+        house.lane.abandon(waiter)
+        await asyncio.sleep(0.01)
+        waiter = house.come("c")
+    assert house.told == [["c"]]
+    assert loop.time() - ended > 0.19
 
 
 async def test_where_all_have_slots_nothing_is_copied(house: House) -> None:
