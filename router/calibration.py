@@ -172,22 +172,25 @@ def sure_from(
 def asked_from(confidences: npt.ArrayLike, answers: npt.ArrayLike, worth: float) -> float:
     """The confidence of a first student from which on a second one is worth asking.
 
-    Of the texts below it, the second answers no more than a share of `worth`, and the work of
-    asking it would be lost on the others.
+    Work is saved by each text below it that the second would not answer, and lost by each that it
+    would: the limit is that which saves most, an answer counting `1 / worth` times as much as a
+    question. So about the limit the second answers a share of `worth`.
 
     Args:
         confidences: of the first student, in texts that it leaves to the second, shape (N,).
         answers: whether the second answers them.
-        worth: share.
+        worth: share, above 0.
     """
     confidence = np.asarray(confidences, dtype=np.float64)
     order = np.argsort(confidence, kind="stable")
     rising = confidence[order]
-    shares = np.cumsum(np.asarray(answers, dtype=np.float64)[order]) / np.arange(1, len(order) + 1)
+    spared = np.cumsum(worth - np.asarray(answers, dtype=np.float64)[order])
     # Equal confidences are on the same side.
-    last = np.append(rising[1:] > rising[:-1], False)[: len(order)]
-    low = np.flatnonzero(last & (shares <= worth))
-    return float(rising[low[-1] + 1]) if low.size else 0.0
+    cuts = np.flatnonzero(rising[1:] > rising[:-1])
+    if not cuts.size:
+        return 0.0
+    best = cuts[spared[cuts].argmax()]
+    return float(rising[best + 1]) if spared[best] > 0 else 0.0
 
 
 def _most_answers(

@@ -28,9 +28,9 @@ ENCODER_WORK = 0.1
 """Of an encoder for a text, as a share of the embedder's: 0.3 where that is exported and 0.03 where
 it cannot be, and nobody knows yet where the router will serve."""
 WORTH_ASKING = 1 / 6
-"""Of the texts that a first student is least sure of, the share that a second one has to answer to
-be asked about them. Where it takes 0.3 of the embedder's time, less than that share is time lost,
-and those that both leave to the embedder are the slowest anyway."""
+"""Chance that a second student has to have of answering a text to be asked about it. Where it takes
+0.3 of the embedder's time, less than that chance is time lost, and the texts that both leave to the
+embedder are the slowest anyway."""
 
 
 @dataclass(frozen=True)

@@ -186,22 +186,19 @@ def test_what_is_recorded_is_what_the_limits_do(seed: int, texts: int) -> None:
     texts=st.lists(
         st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.9]), st.booleans()), max_size=60
     ),
-    worth=st.floats(0, 1),
+    worth=st.floats(0.01, 1),
 )
 def test_a_second_student_is_asked_from_where_it_is_worth_it(
     texts: list[tuple[float, bool]], worth: float
 ) -> None:
     confidences, answers = [c for c, _ in texts], [a for _, a in texts]
 
-    def share_below(limit: float) -> float:
-        return float(np.mean([a for c, a in texts if c < limit]))
+    def spared(limit: float) -> float:
+        return sum(worth - answer for confidence, answer in texts if confidence < limit)
 
     limit = asked_from(confidences, answers, worth)
-    if limit:
-        assert limit in confidences, "no text lies between the two sides"
-        assert share_below(limit) <= worth
-    for higher in {c for c in confidences if c > max(limit, min(confidences, default=0))}:
-        assert share_below(higher) > worth, "as many as may be are spared"
+    assert limit == 0 or limit in confidences, "no text lies between the two sides"
+    assert spared(limit) == pytest.approx(max(0.0, *map(spared, {0.0, *confidences})))
 
 
 def test_what_holds_the_target_is_not_doubted() -> None:

@@ -12,7 +12,6 @@ from router import measuring
 from router.guess import Guess, is_short
 from router.measuring import (
     ENCODER_WORK,
-    WORTH_ASKING,
     Earlier,
     Exam,
     Terms,
@@ -124,7 +123,7 @@ def test_a_second_student_is_not_asked_what_it_would_hardly_ever_be_sure_of() ->
     confidence = pair.second.short.confidence
     assert confidence is not None
     would = np.array([guess.confidence >= confidence for guess in second])
-    assert would[below].mean() <= WORTH_ASKING + 0.02
+    assert (below & ~hopeless).sum() <= 10, "of the others it answers many more than a sixth"
     done = np.array([pair.first.short.allows(guess.confidence, guess.score) for guess in first])
     assert pair.second.short.texts == (~done & ~below).sum()
     assert pair.second.documents.answered == pytest.approx((done | (would & ~below)).mean())
