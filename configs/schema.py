@@ -247,8 +247,9 @@ class ServingConfig(Section):
     next of those that wait or for one being verified. `auto`: as many as are placed on the worker
     and up to 8 more, so that those of a new bundle answer beside the old while all are busy."""
     host_slots: PositiveInt | Auto = "auto"
-    """Adapters that an engine keeps in host memory (`--max-cpu-loras`); `auto`: twice as many as
-    are placed on the worker, so that a new version fits beside the old."""
+    """Adapters that an engine keeps in host memory (`--max-cpu-loras`), never fewer than it has
+    LoRA places; `auto`: twice as many as are placed on the worker, so that a new version fits
+    beside the old."""
     max_rank: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
     """LoRA rank that engines are sized for; `auto`: the largest of the bundle at the start. A
     bundle of higher rank cannot be published to running engines."""

@@ -103,6 +103,10 @@ class Sureness(BaseModel):
     asked_from: float = 0.0
     """Least confidence of the student before, below which this one is not asked at all."""
 
+    def asks(self, confidence: float) -> bool:
+        """Whether the student is asked after one that was so confident."""
+        return self.confidence is not None and confidence >= self.asked_from
+
     def allows(self, confidence: float, score: float) -> bool:
         """Whether the student is believed."""
         return self.confidence is not None and confidence >= self.confidence and score >= self.score

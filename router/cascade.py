@@ -169,7 +169,7 @@ class Cascade:
         asked = [
             place
             for place, (text, first) in enumerate(zip(texts, firsts, strict=True))
-            if first.confidence >= self._limits(text).asked_from
+            if self._limits(text).asks(first.confidence)
         ]
         some = [texts[place] for place in asked]
         seen = [text[: self._characters] for text in some]

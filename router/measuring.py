@@ -31,6 +31,8 @@ WORTH_ASKING = 1 / 6
 """Chance that a second student has to have of answering a text to be asked about it. Where it takes
 0.3 of the embedder's time, less than that chance is time lost, and the texts that both leave to the
 embedder are the slowest anyway."""
+MOST_LOST = 0.02
+"""Share of the texts, at the most, that may go without a student's answer for that."""
 
 
 @dataclass(frozen=True)
@@ -210,13 +212,13 @@ def measure_pair(
     strict = replace(terms, deviations=TRIED_DEVIATIONS)
     part = exam.of(rows)
     _, alone = measure(exam, first, terms)
-    least = float(np.mean(~alone.of(rows).sure))
+    least = without = float(np.mean(~alone.of(rows).sure))
     best: Pair | None = None
     for share in TRIED_SHARES:
         stricter = replace(strict, target=1 - share * (1 - terms.target))
         one, answers = measure(exam, first, stricter)
         two, both = measure(part, second, strict, Earlier(exam, answers, rows))
-        work = _work(answers.of(rows).sure, both.sure)
+        work = _work(~answers.of(rows).sure, both.sure)
         if work < least:
             least, best = work, Pair(one, two, work)
             chosen = Earlier(exam, answers, rows), both
@@ -226,12 +228,16 @@ def measure_pair(
     confidences = np.array([first[row].confidence for row in rows], dtype=np.float64)
     floors = _asked_from(part, earlier, both, confidences)
     asked = confidences >= np.where(_short(part), floors[1], floors[0])
-    two, _ = measure(part, second, strict, earlier, asked)
+    two, fewer = measure(part, second, strict, earlier, asked)
+    work = _work(~earlier.answers.of(rows).sure & asked, fewer.sure)
+    # With fewer answers to prove it by, a second student may not hold the target any more.
+    if np.mean(both.sure) - np.mean(fewer.sure) > MOST_LOST or work >= without:
+        return best
     limits = {
         "long": two.long.model_copy(update={"asked_from": floors[0]}),
         "short": two.short.model_copy(update={"asked_from": floors[1]}),
     }
-    return replace(best, second=two.model_copy(update=limits))
+    return Pair(best.first, two.model_copy(update=limits), work)
 
 
 def _asked_from(
@@ -253,9 +259,10 @@ def _asked_from(
     return least(left & ~short), least(left & short)
 
 
-def _work(first: Flags, both: Flags) -> float:
-    """Share of the embedder's work that is left where two students answer some texts."""
-    return ENCODER_WORK * float(np.mean(~first)) + float(np.mean(~both))
+def _work(asked: Flags, both: Flags) -> float:
+    """Share of the embedder's work that is left where two students answer some texts, the second
+    being asked about some."""
+    return ENCODER_WORK * float(np.mean(asked)) + float(np.mean(~both))
 
 
 def _short(exam: Exam) -> Flags:

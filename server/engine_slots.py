@@ -28,9 +28,10 @@ MOST_BYTES = 64 * 1024
 class SlotFiller:
     """The middleware that answers `POST /v1/fill_lora_slots`; the rest goes to the application.
 
-    The body is `{"lora_names": [...]}`, names of adapters that are loaded. They are used in this
-    order, the last one most lately; those that lie in no slot yet take the place of those that
-    were used least lately.
+    The body is `{"lora_names": [...]}`, names of adapters. They are used in this order, the last
+    one most lately; those that lie in no slot yet take the place of those that were used least
+    lately. The last one is to be filled and has to be loaded; of the others, which are to be kept,
+    those that are loaded no more are passed over.
     """
 
     def __init__(self, app: App) -> None:
@@ -48,12 +49,11 @@ class SlotFiller:
             return
         state = scope["app"].state
         loaded = state.openai_serving_models.lora_requests
-        missing = [name for name in names if name not in loaded]
-        if missing:
-            await _answer(send, 404, f"not loaded: {', '.join(missing)}"[:300])
+        if names[-1] not in loaded:
+            await _answer(send, 404, f"not loaded: {names[-1]}"[:300])
             return
         try:
-            for name in names:
+            for name in filter(loaded.__contains__, names):
                 # of an adapter that is loaded, this fills a slot and counts as its latest use
                 await state.engine_client.add_lora(loaded[name])
         except Exception as error:  # noqa: BLE001 - whatever the engine met; requests go on
@@ -80,7 +80,7 @@ def _names(body: bytes | None) -> list[str] | None:
         names = json.loads(body or b"")["lora_names"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         return None
     return names
 

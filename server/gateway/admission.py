@@ -234,6 +234,10 @@ class Lane:
         late = self._late()
         return (min(late, key=Group.since) if late else min(outside, key=Group.head)).key
 
+    def in_slots(self) -> list[str]:
+        """The experts in flight, where requests are grouped."""
+        return list(self._in_slots)
+
     def waits_outside(self, expert: str) -> bool:
         """Whether an expert waits that is in no slot."""
         group = self._in_line.get(expert)

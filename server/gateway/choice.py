@@ -48,6 +48,11 @@ def conversation_key(prompt: bytes | memoryview) -> int:
     return crc32(beginning)
 
 
+def _same(before: WorkerEntry, after: WorkerEntry | None) -> bool:
+    """Whether a worker's engine is the same process."""
+    return after is not None and (after.url, after.pid) == (before.url, before.pid)
+
+
 def _lost(before: WorkerEntry, after: WorkerEntry) -> bool:
     """Whether a worker holds less than it did."""
     return not set(before.experts).issubset(after.experts)
@@ -92,21 +97,28 @@ class Chooser:
 
     def update(self, table: RoutingTable) -> None:
         """Serve by this table from now on; requests that run keep the home they have."""
+        now = {worker.id: worker for worker in table.workers}
+        replaced = {
+            worker for worker, before in self._engines.items() if not _same(before, now.get(worker))
+        }
+        for worker in replaced:  # before homes are made, which would go on with these
+            self.breakers.forget(worker)
+            self._residencies.pop(worker, None)
         self._views = views_of(table, self._home)
         self.table = table
-        now = {worker.id: worker for worker in table.workers}
         for worker, before in self._engines.items():
             after = now.get(worker)
-            same = after is not None and (after.url, after.pid) == (before.url, before.pid)
-            if not same:
-                self.breakers.forget(worker)
-                self._residencies.pop(worker, None)
             lane = self._lanes.get(worker)
             if lane is None or not lane.waiting:
                 continue
             # Whoever waits for a worker that is lost, or for an expert that it holds no more, has
             # to look elsewhere.
-            if not same or after is None or after.state != "ready" or _lost(before, after):
+            if (
+                worker in replaced
+                or after is None
+                or after.state != "ready"
+                or _lost(before, after)
+            ):
                 lane.dissolve()
         self._engines = now
         for gone in self._lanes.keys() - now.keys():
@@ -301,12 +313,13 @@ class Chooser:
         crowded = slots is not None and len(worker.experts) > slots
         # An engine counts the experts of all gateways, so each gets its part of the slots.
         lane.regroup(max(1, slots // config.processes) if slots is not None and crowded else None)
+        room = lane.slots + AHEAD if lane.slots is not None else None
         residency = self._residencies.get(worker.id)
-        if not crowded or slots is None:
+        if room is None:
             self._residencies.pop(worker.id, None)
             residency = None
-        elif residency is None or residency.slots != slots + AHEAD:
-            residency = self._residencies[worker.id] = Residency(slots + AHEAD)
+        elif residency is None or residency.slots != room:
+            residency = self._residencies[worker.id] = Residency(room)
         return Home(worker.id, worker.url.rstrip("/"), lane, residency, salt_of(worker.id))
 
     def _views_or_raise(self) -> Views:

@@ -282,6 +282,8 @@ class Exchange:
             if trial and not verdict:
                 breakers.abandoned(worker)
             counts.add(worker, -1)
+            if home.residency is not None and target.expert is not None:
+                home.residency.touch(target.served_name)  # the engine has used it until now
             home.lane.leave(ticket, served)
             wanted = passage.wanted
             if wanted is not None:

@@ -1,9 +1,9 @@
 """Adapters copied into an engine's slot while the requests that need them still wait.
 
 As soon as it is known that a request has to wait for one of a worker's slots, the expert that is
-let in next is copied into the slot that the engine has to spare. One at a time: another follows
-once that one's requests are let in, or nobody waits for it any more. Knows nothing of how requests
-are ordered; what cannot be copied ahead is copied by the engine when it is needed.
+let in next is copied into the slot that the engine has to spare. One at a time: who comes after it
+is looked for once that one has been let in, or waits no longer. Knows nothing of how requests are
+ordered; what cannot be copied ahead is copied by the engine when it is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 
 from multidict import CIMultiDict
 
@@ -25,9 +24,11 @@ from server.gateway.views import Home
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.1
-"""Seconds after a copy before this process has the same engine make another. A copy holds up all
-that the engine answers, and clients that wait and hang up by turns could have it make nothing else;
-what is not copied ahead meanwhile is copied when it is needed."""
+"""Seconds after a copy, or after a request was let in, before the engine has to make another copy.
+One holds up all that the engine answers: those who were let in should have begun by then, and
+clients that wait and hang up by turns could have it do nothing else."""
+FAILED_PAUSE_S = 10.0
+"""Likewise after a copy that could not be made."""
 
 HEADERS = CIMultiDict({"content-type": "application/json"})
 
@@ -35,58 +36,81 @@ HEADERS = CIMultiDict({"content-type": "application/json"})
 class Prefetch:
     """What this process has engines copy ahead."""
 
-    def __init__(self, upstream: Upstream, metrics: Metrics, pause_s: float = PAUSE_S) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        metrics: Metrics,
+        pause_s: float = PAUSE_S,
+        failed_pause_s: float = FAILED_PAUSE_S,
+    ) -> None:
         """Nothing is on its way."""
-        self._pause_s = pause_s
         self._upstream = upstream
         self._metrics = metrics
+        self._pause_s = pause_s
+        self._failed_pause_s = failed_pause_s
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def consider(self, home: Home, entering: str | None = None) -> None:
-        """Have the expert copied that is let in next, unless one lies ready that is waited for.
-
-        Args:
-            home: whose lane a request has begun to wait in, or has been let in by.
-            entering: served name of the expert whose request has been let in, and which the engine
-                may not have seen yet: the copy must not drive that one out.
-        """
+    def consider(self, home: Home) -> None:
+        """Somebody has begun to wait in a worker's lane, or waits no longer: have the expert copied
+        that is let in next, unless it lies in a slot or the engine is to be left in peace."""
         residency, lane = home.residency, home.lane
-        if residency is None:
-            return
-        if residency.ahead is not None and lane.waits_outside(residency.ahead):
-            return
-        if asyncio.get_running_loop().time() < residency.undisturbed_until:
+        if residency is None or residency.resting:
             return
         expert = lane.upcoming()
-        residency.ahead = expert
-        if expert is None or expert in residency:
+        if expert is None:
             return
-        names = [expert]
-        if entering is not None:
-            names.insert(0, entering)
-            if entering in residency:  # else its request is the one that finds it in no slot
-                residency.touch(entering)
+        # Those that run are used at every step, and those just let in are about to be: the copy
+        # must drive out none of them, nor does their adapter leave its slot.
+        running = lane.in_slots()
+        for name in running:
+            residency.touch(name)
+        if expert in residency:
+            return
         residency.touch(expert)
-        residency.undisturbed_until = math.inf
-        task = asyncio.create_task(self._fill(home, residency, names))
+        residency.resting = True
+        task = asyncio.create_task(self._fill(home, residency, [*running, expert]))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def entered(self, home: Home) -> None:
+        """Somebody who waited has been let in: look for the next one in a while."""
+        residency = home.residency
+        if residency is not None and not residency.resting:
+            self._rest(home, residency, self._pause_s)
+
+    def _rest(self, home: Home, residency: Residency, seconds: float) -> None:
+        def look_again() -> None:
+            residency.resting = False
+            self.consider(home)
+
+        residency.resting = True
+        asyncio.get_running_loop().call_later(seconds, look_again)
+
     async def _fill(self, home: Home, residency: Residency, names: list[str]) -> None:
+        expert, pause_s = names[-1], self._failed_pause_s
+        try:
+            fault = await self._ask(home, names)
+            if fault is None:
+                self._metrics.prefetched(home.worker)
+                pause_s = self._pause_s
+                return
+            if home.lane.waits_outside(expert):  # else it has been used meanwhile
+                residency.forget(expert)
+            logger.info("%s: %s is not copied ahead: %s", home.worker, expert, fault)
+        finally:
+            self._rest(home, residency, pause_s)
+
+    async def _ask(self, home: Home, names: list[str]) -> str | None:
+        """Have an engine use adapters in this order; why it did not, if so."""
         body = json.dumps({"lora_names": names}).encode()
         try:
             answer = await self._upstream.post(home.url, FILL_PATH, body, HEADERS)
             try:
-                fault = await self._upstream.whole(answer)
+                told = await self._upstream.whole(answer)
             finally:
                 answer.close()
-            if answer.status == 200:
-                self._metrics.prefetched(home.worker)
-                return
-            reason = f"{answer.status} {fault[:300].decode(errors='replace')}"
         except (UnreachableError, GatewayError) as error:
-            reason = str(error)
-        finally:
-            residency.undisturbed_until = asyncio.get_running_loop().time() + self._pause_s
-        residency.forget(names[-1])
-        logger.info("%s: %s is not copied ahead: %s", home.worker, names[-1], reason)
+            return str(error)
+        if answer.status == 200:
+            return None
+        return f"{answer.status} {told[:300].decode(errors='replace')}"

@@ -98,19 +98,21 @@ async def _wait_in_lane(parts: Parts, passage: Passage, home: Home) -> Group | N
         if passage.wanted is not None:  # what is refused is wanted all the same
             parts.chooser.demand[passage.wanted] += lane.service_s
         raise _queue_full(lane.expected_wait(target.lane_name))
-    parts.prefetch.consider(home)
     timer = loop.call_later(passage.patient_until - time.perf_counter(), wake)
     try:
+        parts.prefetch.consider(home)
         await future
-    except asyncio.CancelledError:
+    except BaseException:
         if waiter.ticket is not None:
             lane.leave(waiter.ticket)
         lane.abandon(waiter)
+        parts.prefetch.consider(home)
         raise
     finally:
         timer.cancel()
     if waiter.waiting:
         lane.abandon(waiter)
+        parts.prefetch.consider(home)
         retry_after_s = parts.config.retry_after_s
         raise QueueTimeoutError(
             f"The request waited {parts.config.queue_timeout_s:g} s for a worker that holds "
@@ -118,7 +120,7 @@ async def _wait_in_lane(parts: Parts, passage: Passage, home: Home) -> Group | N
             retry_after_s=retry_after_s,
         )
     if waiter.ticket is not None:
-        parts.prefetch.consider(home, entering=target.lane_name)
+        parts.prefetch.entered(home)
     return waiter.ticket
 
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 class Residency:
     """The slots of one engine, the adapter used longest ago first."""
 
-    __slots__ = ("_names", "ahead", "slots", "undisturbed_until")
+    __slots__ = ("_names", "resting", "slots")
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.ahead: str | None = None
-        """The adapter that was copied in for requests that wait, until these are let in."""
-        self.undisturbed_until = 0.0
-        """Moment of the event loop's clock before which no adapter is copied in ahead."""
+        self.resting = False
+        """Whether no other adapter is to be copied in ahead for now."""
         self._names: dict[str, None] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -28,7 +26,8 @@ class Residency:
         return len(self._names)
 
     def touch(self, name: str) -> bool:
-        """A request for an adapter goes to the engine; whether it has to be copied in first."""
+        """An adapter is used, by a request that goes to the engine for one; whether it has to be
+        copied in first."""
         names = self._names
         if name in names:
             del names[name]

@@ -124,7 +124,7 @@ async def test_an_engine_under_load_gets_another_set_of_experts(
         supervisor.serve([cut, first, swapped, third])
         served = [first.served_name, third.served_name]
         after = await until(supervisor, lambda entry: entry.experts == served)
-        await a_slot_is_filled_ahead(before.url, third)
+        await a_slot_is_filled_ahead(before.url, first, third)
         asked = len(distances)
         await until(
             supervisor,
@@ -146,11 +146,11 @@ async def test_an_engine_under_load_gets_another_set_of_experts(
         await supervisor.stop()
 
 
-async def a_slot_is_filled_ahead(url: str, adapter: Adapter) -> None:
+async def a_slot_is_filled_ahead(url: str, running: Adapter, adapter: Adapter) -> None:
     """The engine does what the gateway asks of it for an expert that waits for a slot."""
     lane = Lane(limit=8, max_queue=8, group_wait_s=60, clock=time.monotonic)
     lane.regroup(1)
-    lane.enter("another")
+    lane.enter(running.served_name)
     assert lane.queue(adapter.served_name, "", 1.0, lambda _: None)
     metrics, upstream = Metrics(), Upstream(GatewayConfig(), engine_key=KEY)
     home = Home("worker-0", url, lane, Residency(2))

@@ -155,6 +155,10 @@ def test_a_second_student_is_not_asked_where_the_first_is_at_a_loss() -> None:
     assert [guess is None for guess in guesses] == [False, True, False, False, False]
     assert second.asked == [texts[0], texts[3], long], "long texts have a limit of their own"
     assert cascade.sure_guesses(texts[1:2]) == [None]
+    never = Cascade(first, make_record(), 128, Cascade(second, make_record(short=None), 128))
+    asked = len(second.asked)
+    assert never.sure_guesses(texts[:1]) == [None]
+    assert len(second.asked) == asked, "who is never believed is not asked"
 
 
 def test_what_was_just_guessed_is_not_guessed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,35 @@ def test_a_second_student_is_not_asked_what_it_would_hardly_ever_be_sure_of() ->
     assert pair.second.documents.answered == pytest.approx((done | (would & ~below)).mean())
 
 
+@pytest.mark.parametrize("texts", [600, 1000, 2000, 6000])
+def test_leaving_texts_out_never_costs_the_second_student_its_place(texts: int) -> None:
+    """Limits drawn from fewer answers may prove less, or nothing."""
+    found = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        clusters = rng.integers(4, size=texts)
+        exam, rows, terms = exam_of(clusters), np.arange(texts), Terms(threshold=0.5, target=0.99)
+        first, second = guessed(rng, clusters, 0.5), guessed(rng, clusters, 0.1)
+        pair = measure_pair(exam, first, rows, second, terms)
+        if pair is None:
+            continue
+        found += 1
+        alone = measure(exam, first, terms)[0].documents.answered
+        assert pair.work < 1 - alone
+        assert pair.second.short.confidence is not None
+        assert pair.second.documents.answered > pair.first.documents.answered
+        asked = np.mean(
+            [
+                not pair.first.short.allows(guess.confidence, guess.score)
+                and pair.second.short.asks(guess.confidence)
+                for guess in first
+            ]
+        )
+        left = 1 - pair.second.documents.answered
+        assert pair.work == pytest.approx(ENCODER_WORK * asked + left)
+    assert found
+
+
 def test_texts_of_a_kind_that_nobody_has_asked_before_have_nothing_before_them() -> None:
     rng = np.random.default_rng(2)
     clusters = rng.integers(4, size=1000)

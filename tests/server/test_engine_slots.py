@@ -81,9 +81,24 @@ async def test_what_is_not_loaded_is_named_and_nothing_is_touched() -> None:
     assert "../../etc" in answer["error"]["message"]
 
 
+async def test_of_those_to_be_kept_what_is_gone_is_passed_over() -> None:
+    engine = Engine("a", "b")
+    assert await ask(engine, body_of("b", "gone", "a")) == (200, {})
+    assert engine.used == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"{}", b'{"lora_names": "a"}', b'{"lora_names": [1]}', b"[" * 10_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"lora_names": "a"}',
+        b'{"lora_names": []}',
+        b'{"lora_names": [1]}',
+        b"[" * 10_000,
+    ],
 )
 async def test_what_is_no_list_of_names_is_refused(body: bytes) -> None:
     engine = Engine("a")

@@ -321,6 +321,32 @@ def test_slots_group_only_where_there_are_more_experts() -> None:
     assert crowded.residency.slots == 2, "one more, for the next of those that wait"
 
 
+def test_the_slots_of_another_engine_are_empty() -> None:
+    chooser = make_chooser()
+    worker = make_worker(0, "http://host", [SPORT, LAW], slots=1)
+    chooser.update(make_table(1, worker))
+    (before,) = target_of(chooser, SPORT).homes
+    assert before.residency is not None
+    before.residency.touch(SPORT)
+    chooser.update(make_table(2, worker))
+    (same,) = target_of(chooser, SPORT).homes
+    assert same.residency is before.residency
+    chooser.update(make_table(3, worker.model_copy(update={"url": "http://host:2", "pid": 2})))
+    (after,) = target_of(chooser, SPORT).homes
+    assert after.residency is not None
+    assert SPORT not in after.residency
+    assert chooser.resident == {"worker-0": 0}, "it is the one that is shown"
+
+
+def test_each_process_has_its_share_of_the_slots_and_one_to_spare() -> None:
+    chooser = make_chooser(processes=2)
+    experts = [f"expert-{n:04d}@aaaaaaaaaaaa" for n in range(1, 9)]
+    chooser.update(make_table(1, make_worker(0, "http://host", [*experts, SPORT], slots=6)))
+    (home,) = target_of(chooser, SPORT).homes
+    assert home.residency is not None
+    assert (home.lane.slots, home.residency.slots) == (3, 4)
+
+
 def test_a_large_table_is_taken_quickly() -> None:
     names = [f"expert-{n:04d}@aaaaaaaaaaaa" for n in range(5000)]
     workers = [make_worker(n, f"http://host:{n}", names[n::64]) for n in range(64)]
