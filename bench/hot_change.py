@@ -273,10 +273,10 @@ def main() -> int:
         asyncio.run(watching(service.url, expected, [first, second], watch))
         with DIRECT.open(f"{service.url}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-    for what in ("prefetches", "worker_cold_loads"):
+    for what, unit in (("prefetches", "adapters"), ("worker_cold_loads", "requests")):
         name = f"introvert_gateway_{what}_total"
         count = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-        report.add(what, count, "adapters")
+        report.add(what, count, unit)
     report.add("responses", watch.responses, "responses", f">= {wanted}")
     report.add("changes", len(watch.changes), "changes", f">= {watch.changes_wanted}")
     report.add("wrong_responses", len(watch.wrong), "responses", "== 0")

@@ -19,12 +19,14 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import msgspec
+
+from server.engine_door import App, Message, Receive, Send
 
 LINES_PATH = "/batch/lines"
 ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -35,10 +37,6 @@ GROUPED = "server.engine_adapters.GroupedAdapters"
 ENDED = b""
 """In place of an answer: the engine has died."""
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 Outcome = tuple[int, bytes]
 """Status and JSON."""
 Handler = Callable[[Mapping[str, Any]], Awaitable[Outcome]]

@@ -10,13 +10,8 @@ process by its `--middleware` argument; standard library only. Knows nothing of 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+from server.engine_door import App, Message, Receive, Send
 
 AHEAD = 1
 """Slots of an engine beyond the experts that are asked at once: for one that is copied in ahead,

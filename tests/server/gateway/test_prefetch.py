@@ -21,6 +21,8 @@ from server.gateway.views import Home
 from tests.server.gateway.conftest import (
     LAW,
     SPORT,
+    FakeEngine,
+    Gateway,
     StartEngine,
     StartGateway,
     chat,
@@ -32,13 +34,21 @@ CHAT = "/v1/chat/completions"
 COUNTED = 'introvert_gateway_prefetches_total{worker="worker-0"}'
 
 
-async def test_the_next_expert_is_copied_in_while_its_request_waits(
+async def crowded(
     start_engine: StartEngine, start_gateway: StartGateway
-) -> None:
+) -> tuple[Gateway, FakeEngine, asyncio.Event]:
+    """A gateway before an engine whose two experts take turns on one slot; its streams go on beyond
+    their first token once the event is set."""
     held = asyncio.Event()
     engine = await start_engine(first_token_only=held)
     table = make_table(1, make_worker(0, engine.url, [SPORT, LAW], slots=1))
-    gateway = await start_gateway(table)
+    return await start_gateway(table), engine, held
+
+
+async def test_the_next_expert_is_copied_in_while_its_request_waits(
+    start_engine: StartEngine, start_gateway: StartGateway
+) -> None:
+    gateway, engine, held = await crowded(start_engine, start_gateway)
     first = asyncio.create_task(gateway.post(CHAT, chat("expert-0001")))
     assert (await first)[0] == 200
     assert engine.filled == [], "nobody had to wait"
@@ -57,10 +67,7 @@ async def test_the_next_expert_is_copied_in_while_its_request_waits(
 async def test_a_copied_expert_is_no_cold_load(
     start_engine: StartEngine, start_gateway: StartGateway
 ) -> None:
-    held = asyncio.Event()
-    engine = await start_engine(first_token_only=held)
-    table = make_table(1, make_worker(0, engine.url, [SPORT, LAW], slots=1))
-    gateway = await start_gateway(table)
+    gateway, engine, held = await crowded(start_engine, start_gateway)
     async with gateway.http.post(
         gateway.url + CHAT, json=chat("expert-0000", stream=True)
     ) as streaming:
